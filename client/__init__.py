@@ -1,0 +1,1 @@
+"""What runs inside a hospital: its data, its training, its accounting."""

@@ -1,0 +1,1 @@
+"""Reading, checking and splitting a hospital's images. Nothing here leaves the site."""

@@ -1,0 +1,82 @@
+"""Every error that Synthward raises on purpose, on one page.
+
+FederationError                 code, message, remedy
+  ConfigError                   the study or the command is wrong: fix the file       exit status 2
+  SiteError                     the site's data or settings are refused              exit status 3
+  PrivacyError                  training would break or exceed the guarantee         exit status 3
+    BudgetExhausted
+  ProtocolError                 the federation itself failed                         exit status 4
+    BadPeer                     a message that no honest peer sends
+    TooFewSurvivors             fewer sites answered than the study needs
+
+``message`` says what was expected and what was found; ``remedy`` says what to change. Only ``code`` may leave a
+site: the rest can name files and patients.
+"""
+
+from typing import ClassVar
+
+
+class FederationError(Exception):
+    """Base of all errors that an operator can act on.
+
+    Args:
+        message: what was expected and what was found, one sentence or two.
+        remedy: what to change; may be empty.
+    """
+
+    code: ClassVar[str]
+    exit_status: ClassVar[int]
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class ConfigError(FederationError):
+    """A study file or a command that cannot be used as it is."""
+
+    code = "config"
+    exit_status = 2
+
+
+class SiteError(FederationError):
+    """A site's data or settings that the site itself refuses."""
+
+    code = "site"
+    exit_status = 3
+
+
+class PrivacyError(FederationError):
+    """Training as asked would break the stated guarantee."""
+
+    code = "privacy"
+    exit_status = 3
+
+
+class BudgetExhausted(PrivacyError):
+    """The site has spent what the study planned for it."""
+
+    code = "budget_exhausted"
+
+
+class ProtocolError(FederationError):
+    """The federation failed: nothing that one site's files explain."""
+
+    code = "protocol"
+    exit_status = 4
+
+
+class BadPeer(ProtocolError):
+    """A peer sent something that no honest peer sends."""
+
+    code = "bad_peer"
+
+
+class TooFewSurvivors(ProtocolError):
+    """Fewer sites answered than the study's minimum."""
+
+    code = "too_few_survivors"

@@ -1,0 +1,1 @@
+"""The networks and losses of the GAN, and their flat parameter vectors."""

@@ -1,0 +1,1 @@
+"""The privacy mechanism: sampling, clipping, noise, and what they cost."""

@@ -1,0 +1,66 @@
+"""A site's own settings: one TOML file in the site's folder. No message from the server can change them."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import ConfigError, SiteError
+from common.files import write_atomically
+
+FILE_NAME = "site.toml"
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class SiteSettings(BaseModel):
+    """Where a site keeps its images and its own files.
+
+    Args:
+        name: the site's name in the study's contract.
+        data: folder of images, read only.
+        folder: folder of this file: key, accountant, state, prepared images, log. Nothing in it leaves the site.
+        record_is_patient: count every image as a patient of its own. Only for data without patients.
+        device: where to train.
+        patients: only these patients take part; None for all in ``data``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: SiteName
+    data: Path
+    folder: Path
+    record_is_patient: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    patients: tuple[str, ...] | None = None
+
+    @classmethod
+    def checked(cls, **settings: object) -> Self:
+        """Settings from keyword arguments. Raises ConfigError that names the wrong keys."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            keys = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_input=False))
+            raise ConfigError(f"Wrong settings of a site: {keys}.", "Correct them.") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``site.toml`` of a site's folder. Raises SiteError when it is missing or wrong."""
+        path = folder / FILE_NAME
+        try:
+            tree = tomllib.loads(path.read_text())
+            return cls.model_validate({**tree, "folder": folder})
+        except OSError as error:
+            raise SiteError(f"Cannot read {path}: {error.strerror}.", "Give the folder of a site.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SiteError(f"{path} is not TOML: {error}.", "Correct the line.") from None
+        except ValidationError as error:
+            keys = ", ".join(".".join(map(str, item["loc"])) for item in error.errors(include_input=False))
+            raise SiteError(f"{path} has missing, unknown or wrong keys: {keys}.", "Correct these keys.") from None
+
+    def save(self) -> None:
+        """Write ``site.toml`` into the site's folder, which is made when absent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tree = self.model_dump(mode="json", exclude={"folder"}, exclude_none=True)
+        write_atomically(self.folder / FILE_NAME, tomli_w.dumps(tree).encode(), mode=0o600)

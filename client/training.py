@@ -1,0 +1,173 @@
+"""The site's flow of one round: shared state in, local DP-GAN steps, update out."""
+
+import hashlib
+import io
+import logging
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.accountant import SiteAccountant
+from client.data.slices import PreparedCohort
+from common import progress
+from common.config import StudyConfig
+from common.errors import BudgetExhausted, PrivacyError
+from common.files import write_atomically
+from common.gan.devices import choose_device
+from common.gan.parameters import load_vector, to_vector
+from common.gan.training import GanTrainer, RealBatch
+from common.messages import LocalUpdate, TrainRequest
+from common.privacy.accounting import Mechanism
+from common.privacy.plan import PrivacyPlan, check_delta, make_plan
+from common.privacy.sampling import draw_patients
+
+logger = logging.getLogger("synthward.site")
+STATE_FILE = "state.pt"
+
+
+@dataclass(frozen=True)
+class SiteStudy:
+    """One study at one site.
+
+    Args:
+        study: the study.
+        site: the site's name.
+        folder: where this study's accountant and state live at the site.
+        cohort: prepared images of the training patients.
+        num_patients: training patients by contract, a public number; the expected batch is a share of it.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    study: StudyConfig
+    site: str
+    folder: Path
+    cohort: PreparedCohort
+    num_patients: int
+    device: str
+
+    @property
+    def expected_batch_size(self) -> int:
+        """Expected number of patients a step, at least 1. Public."""
+        return max(1, round(self.study.privacy.sampling_probability * self.num_patients))
+
+
+def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
+    """Train both networks for one round and return their differences.
+
+    A round that this site has already finished from the same shared state is answered again from its state file: the
+    update is out of the mechanism already, so repeating it costs nothing.
+
+    Raises:
+        BudgetExhausted: every step that the study planned is spent.
+        PrivacyError: delta does not suit the cohort, or the accountant's file was lost.
+        OSError: the accountant or the state cannot be written. Nothing was trained on patients in the first case.
+    """
+    plan = make_plan(at.study)
+    if plan is not None:
+        check_delta(plan.delta, at.num_patients)
+    accountant = SiteAccountant(at.folder, at.study.digest)
+    saved = _load_state(at.folder)
+    if saved is not None and plan is not None and not accountant.exists:
+        raise PrivacyError(f"{at.folder} has a trained state but no accountant.", "Restore the accountant's file.")
+
+    source = _digest(request)
+    if saved is not None and saved["source"] == source:
+        logger.info("round %d: answered again from the saved state", request.round)
+        return LocalUpdate(request.round, saved["generator"].numpy(), saved["discriminator"].numpy(), accountant.history)
+
+    num_steps = _charge(accountant, plan, at.study)
+    trainer = _restore(at, plan, request, saved)
+    _train(at, trainer, num_steps, request.round)
+    generator = to_vector(trainer.generator) - request.generator
+    discriminator = to_vector(trainer.discriminator) - request.discriminator
+    _save_state(at.folder, source, trainer, generator, discriminator)
+    return LocalUpdate(request.round, generator, discriminator, accountant.history)
+
+
+def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyConfig) -> int:
+    """Charge this round's steps before the first gradient. Returns how many steps the plan still allows."""
+    if plan is None:
+        return study.federation.local_steps
+    spent = sum(mechanism.steps for mechanism in accountant.history)
+    num_steps = min(study.federation.local_steps, plan.mechanism.steps - spent)
+    if num_steps < 1:
+        raise BudgetExhausted(
+            f"All {plan.mechanism.steps} steps that the study planned for this site are spent.", "Plan a new study."
+        )
+    accountant.charge(Mechanism(plan.mechanism.sampling_probability, plan.mechanism.noise_multiplier, num_steps))
+    return num_steps
+
+
+def _train(at: SiteStudy, trainer: GanTrainer, num_steps: int, round_number: int) -> None:
+    """Discriminator steps on Poisson draws of patients, generator steps after every few of them."""
+    every = at.study.gan.discriminator_steps_per_generator_step
+    loss, non_finite = 0.0, 0
+    for step in range(num_steps):
+        step_loss, step_non_finite = trainer.discriminator_step(_draw(at))
+        loss, non_finite = loss + step_loss, non_finite + step_non_finite
+        if (step + 1) % every == 0:
+            trainer.generator_step()
+        progress.report(step + 1, num_steps)
+    # Site's own log: these figures derive from patients and go nowhere else.
+    logger.info("round %d: %d steps, loss %.4f, %d non-finite", round_number, num_steps, loss / num_steps, non_finite)
+
+
+def _draw(at: SiteStudy) -> RealBatch:
+    """Poisson-sample patients, then a few images of each."""
+    privacy, image = at.study.privacy, at.study.image
+    random = secrets.SystemRandom()
+    images = [np.zeros((0, image.channels, image.size, image.size), np.float32)]
+    labels, owners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for position, patient in enumerate(draw_patients(at.cohort.num_patients, privacy.sampling_probability)):
+        drawn, drawn_labels = at.cohort.draw(int(patient), privacy.images_per_patient, random)
+        images.append(drawn)
+        labels.append(drawn_labels)
+        owners.append(np.full(len(drawn), position, np.int64))
+    return RealBatch(np.concatenate(images), np.concatenate(labels), np.concatenate(owners))
+
+
+def _restore(at: SiteStudy, plan: PrivacyPlan | None, request: TrainRequest, saved: dict[str, Any] | None) -> GanTrainer:
+    """A trainer at the shared state, with the optimizers as this site left them."""
+    seed = hashlib.sha256(f"{at.study.seed}/{at.site}/{request.round}".encode()).digest()
+    trainer = GanTrainer(
+        at.study, choose_device(at.device), plan, at.expected_batch_size, int.from_bytes(seed[:7], "big")
+    )
+    load_vector(trainer.generator, request.generator)
+    load_vector(trainer.discriminator, request.discriminator)
+    if saved is not None:
+        trainer.generator_optimizer.load_state_dict(saved["generator_optimizer"])
+        trainer.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+    return trainer
+
+
+def _digest(request: TrainRequest) -> str:
+    """What a saved update answers: this round, from exactly this shared state."""
+    digest = hashlib.sha256(f"{request.study_digest}/{request.round}/".encode())
+    digest.update(request.generator.tobytes())
+    digest.update(request.discriminator.tobytes())
+    return digest.hexdigest()
+
+
+def _load_state(folder: Path) -> dict[str, Any] | None:
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _save_state(folder: Path, source: str, trainer: GanTrainer, generator: Any, discriminator: Any) -> None:
+    state = {
+        "source": source,
+        "generator": torch.from_numpy(generator),
+        "discriminator": torch.from_numpy(discriminator),
+        "generator_optimizer": trainer.generator_optimizer.state_dict(),
+        "discriminator_optimizer": trainer.discriminator_optimizer.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / STATE_FILE, buffer.getvalue(), mode=0o600)

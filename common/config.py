@@ -1,0 +1,232 @@
+"""The study: one TOML file that every party reads the same way.
+
+A study holds public facts only. What changes the guarantee (``[privacy]``, ``[federation]``) stays apart from what
+changes speed (``[performance]``); the digest that every message carries covers everything but speed.
+"""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import ConfigError
+
+Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=]+$")]
+
+
+def start_size(size: int) -> int:
+    """The spatial size (4 to 7) from which the generator doubles up to ``size``. Raises ValueError for other sizes."""
+    start = size
+    while start > 7 and start % 2 == 0:
+        start //= 2
+    if not (28 <= size <= 128 and 4 <= start <= 7):
+        raise ValueError(f"size must be 28 to 128 and 4, 5, 6 or 7 times a power of two (28, 32, 40, 48, ...), not {size}")
+    return start
+
+
+def holdout_share(num_patients: int) -> float:
+    """Share of a site's patients that is never trained on: 0.2, or 0.3 below 150 (contracted) patients."""
+    return 0.3 if num_patients < 150 else 0.2
+
+
+class Part(BaseModel):
+    """A frozen table of the study file. Unknown keys are refused by name; values never appear in error texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class ImageConfig(Part):
+    """What an image is: ``channels`` x ``size`` x ``size`` pixels, its label read from the table's ``label_column``."""
+
+    size: int = 64
+    channels: Literal[1] = 1
+    label_column: str = ""
+    labels: tuple[Label, ...] = ()
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _split_labels(cls, value: Any) -> Any:
+        # Flower's run config has no lists: there the labels are one string, comma between.
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        start_size(self.size)
+        if bool(self.label_column) != bool(self.labels):
+            raise ValueError("label_column and labels belong together: give both or neither")
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) == 1:
+            raise ValueError("labels must be at least two different names")
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, 1 for a study without labels."""
+        return max(1, len(self.labels))
+
+
+class GanConfig(Part):
+    """Architecture and losses. Widths are channels at the finest resolution; they double as resolution halves."""
+
+    family: Literal["dcgan"] = "dcgan"
+    loss: Literal["non_saturating", "hinge", "least_squares"] = "non_saturating"
+    latent_size: int = Field(64, ge=1, le=1024)
+    generator_width: int = Field(16, ge=4, le=256)
+    discriminator_width: int = Field(8, ge=4, le=256)
+    discriminator_normalization: Literal["none", "group"] = "none"
+    generator_learning_rate: float = Field(2e-4, gt=0, le=1)
+    discriminator_learning_rate: float = Field(2e-4, gt=0, le=1)
+    generator_batch_size: int = Field(64, ge=2, le=4096)
+    discriminator_steps_per_generator_step: int = Field(1, ge=1, le=1000)
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    warm_start: str = "none"
+    warm_start_steps: int = Field(600, ge=1, le=1_000_000)
+    warm_start_anatomy: Literal["brain", "skull_stripped_brain", "chest"] = "brain"
+
+
+class PrivacyConfig(Part):
+    """The guarantee: (epsilon, delta) for one patient, add or remove, over all rounds of the study together."""
+
+    enabled: bool = True
+    unit: Literal["patient"] = "patient"
+    epsilon: float = Field(10.0, gt=0, le=1000)
+    delta: float = Field(1e-5, gt=0, lt=0.01)
+    clip_norm: float = Field(1.0, gt=0, le=1e6)
+    sampling_probability: float = Field(0.25, gt=0, le=1)
+    images_per_patient: int = Field(4, ge=1, le=1000)
+
+
+class FederationConfig(Part):
+    """How the sites train together. ``contracted_patients`` is each site's public cohort size, by site name."""
+
+    algorithm: Literal["local"] = "local"
+    aggregation: Literal["plain"] = "plain"
+    weights: Literal["equal", "contracted"] = "equal"
+    rounds: int = Field(10, ge=1, le=100_000)
+    local_steps: int = Field(10, ge=1, le=100_000)
+    minimum_sites: int = Field(1, ge=1, le=10_000)
+    minimum_patients: int = Field(20, ge=1)
+    round_timeout_seconds: float = Field(3600, gt=0)
+    contracted_patients: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+
+    @field_validator("contracted_patients", mode="before")
+    @classmethod
+    def _split_contract(cls, value: Any) -> Any:
+        # Flower's run config has no tables: there the contract is one string "name=count,name=count".
+        if isinstance(value, str):
+            pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+            return {name.strip(): int(count) for name, _, count in pairs}
+        return value
+
+
+class PerformanceConfig(Part):
+    """What only changes speed and memory: never the result's distribution, never the guarantee."""
+
+    max_images_at_once: int = Field(256, ge=1)
+    mixed_precision: bool = True
+
+
+class StudyConfig(Part):
+    """One study. ``seed`` fixes initial weights and latents; noise and sampling never depend on it."""
+
+    name: str = Field("study", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**32)
+    image: ImageConfig = Field(default_factory=ImageConfig)
+    gan: GanConfig = Field(default_factory=GanConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Discriminator steps of one site over the whole study."""
+        return self.federation.rounds * self.federation.local_steps
+
+    def contracted_split(self, site: str) -> tuple[int, int]:
+        """Public numbers of training and held-out patients of a site: its contracted size by the nominal share.
+
+        Raises ConfigError when the study has no contract with the site.
+        """
+        if site not in self.federation.contracted_patients:
+            raise ConfigError(
+                f"The study has no contracted number of patients for site {site!r}.",
+                "Add it under [federation.contracted_patients].",
+            )
+        patients = self.federation.contracted_patients[site]
+        held_out = round(holdout_share(patients) * patients)
+        return patients - held_out, held_out
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the study without ``[performance]``, in canonical JSON."""
+        facts = self.model_dump(mode="json", exclude={"performance"})
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def with_changes(self, part: str, **changes: Any) -> "StudyConfig":
+        """The same study with some keys of one table changed; ``part`` "" for the study's own keys. Checked again."""
+        tree = self.model_dump()
+        (tree[part] if part else tree).update(changes)
+        return _checked(tree, "command line")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "StudyConfig":
+        """Read a study file. Raises ConfigError that names every wrong key."""
+        try:
+            with path.open("rb") as file:
+                tree = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"Cannot read the study file {path}: {error.strerror}.", "Give an existing file.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}.", "Correct the line.") from None
+        return _checked(tree, str(path))
+
+    def save(self, path: Path) -> None:
+        """Write the study as a TOML file that ``from_toml`` reads back."""
+        import tomli_w
+
+        path.write_text(tomli_w.dumps(self.model_dump(mode="json")))
+
+    @classmethod
+    def from_run_config(cls, run_config: dict[str, Any]) -> "StudyConfig":
+        """Build a study from Flower's flat run config: ``study.privacy.epsilon`` and so on; other keys are ignored."""
+        tree: dict[str, Any] = {}
+        for key, value in run_config.items():
+            parts = key.split(".")
+            if parts[0] != "study" or len(parts) not in (2, 3):
+                continue
+            table = tree.setdefault(parts[1], {}) if len(parts) == 3 else tree
+            table[parts[-1]] = value
+        return _checked(tree, "the run configuration")
+
+    def to_run_config(self) -> dict[str, str | int | float | bool]:
+        """The inverse of ``from_run_config``."""
+        flat: dict[str, str | int | float | bool] = {}
+        for key, value in self.model_dump(mode="json").items():
+            if not isinstance(value, dict):
+                flat[f"study.{key}"] = value
+                continue
+            for inner, leaf in value.items():
+                if isinstance(leaf, list):
+                    leaf = ",".join(leaf)
+                elif isinstance(leaf, dict):
+                    leaf = ",".join(f"{name}={count}" for name, count in leaf.items())
+                flat[f"study.{key}.{inner}"] = leaf
+        return flat
+
+
+def _checked(tree: dict[str, Any], source: str) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False, include_input=False, include_context=False):
+            where = ".".join(str(part) for part in item["loc"]) or "study"
+            text = "no such key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+            problems.append(f"{where}: {text}")
+        raise ConfigError(f"{source} is not a valid study: {'; '.join(problems)}.", "Correct these keys.") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source} is not a valid study: {error}.", "Correct the values.") from None

@@ -1,0 +1,1 @@
+"""Phantoms: pictures of patients who are nobody, for warm starts, tests and demonstrations."""

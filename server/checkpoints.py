@@ -1,0 +1,42 @@
+"""Shared states on disk, one file a round, so that a run goes on where it stopped and a generator can be used later."""
+
+import io
+from pathlib import Path
+
+import torch
+
+from common.errors import ConfigError
+from common.files import write_atomically
+from server.aggregation import GanState
+
+
+def save(folder: Path, state: GanState) -> Path:
+    """Write the state as ``round-NNNN.pt``, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "round": state.round,
+        "generator": torch.from_numpy(state.generator),
+        "discriminator": torch.from_numpy(state.discriminator),
+        "generator_average": torch.from_numpy(state.generator_average),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = folder / f"round-{state.round:04d}.pt"
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def load(path: Path) -> GanState:
+    """Read one checkpoint. Raises ConfigError when it is not one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        vectors = [content[key].numpy() for key in ("generator", "discriminator", "generator_average")]
+        return GanState(int(content["round"]), *vectors)
+    except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
+        raise ConfigError(f"{path} is not a checkpoint ({type(error).__name__}).", "Give a file of a run.") from None
+
+
+def latest(folder: Path) -> GanState | None:
+    """The newest checkpoint of a run, None when there is none."""
+    paths = sorted(folder.glob("round-*.pt"), key=lambda path: int(path.stem.removeprefix("round-")))
+    return load(paths[-1]) if paths else None

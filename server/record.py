@@ -1,0 +1,157 @@
+"""What a run leaves for people and programs: ``run.json`` (the whole run) and ``metrics.jsonl`` (a line a round)."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.config import StudyConfig
+from common.errors import ConfigError
+from common.files import write_atomically
+from common.privacy import accounting
+from common.privacy.accounting import History, Mechanism
+
+RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """A part of the run's record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class MechanismRecord(Record):
+    """Equal mechanisms, how many."""
+
+    sampling_probability: float
+    noise_multiplier: float
+    steps: int
+
+
+class SiteRecord(Record):
+    """One site's part. Patients are contracted sizes, public; nothing here depends on an image.
+
+    ``epsilon`` is None when the study is not private, and None in JSON must be read as unbounded.
+    """
+
+    name: str
+    epsilon: float | None
+    delta: float | None
+    accountant: Literal["prv", "rdp", "none"]
+    mechanisms: list[MechanismRecord] = Field(default_factory=list)
+    rounds: list[int] = Field(default_factory=list)
+    refusals: dict[str, int] = Field(default_factory=dict)
+    patients_trained: int
+    patients_held_out: int
+    holdout_commitment: str
+    record_is_patient: bool
+    seconds: float = 0.0
+
+
+class WarmStartRecord(Record):
+    """Where both networks began."""
+
+    source: str
+    digest: str
+    seconds: float
+    from_cache: bool
+
+
+class RunRecord(Record):
+    """``run.json``."""
+
+    schema_version: Literal[1] = 1
+    status: Literal["running", "completed", "interrupted", "failed"] = "running"
+    error: str = ""
+    study: dict[str, Any]
+    study_digest: str
+    private: bool
+    notice: str
+    versions: dict[str, str]
+    device: str
+    aggregation: str
+    rounds_completed: int = 0
+    noise_multiplier: float | None
+    warm_start: WarmStartRecord | None = None
+    sites: list[SiteRecord] = Field(default_factory=list)
+    refused_sites: dict[str, str] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+    def site(self, name: str) -> SiteRecord:
+        """The record of a site that enrolled."""
+        return next(site for site in self.sites if site.name == name)
+
+    def save(self, folder: Path) -> None:
+        """Write ``run.json`` atomically."""
+        write_atomically(folder / RUN_FILE, (self.model_dump_json(indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunRecord":
+        """Read ``run.json``. Raises ConfigError when it is missing or of another schema."""
+        try:
+            return cls.model_validate_json((folder / RUN_FILE).read_bytes())
+        except (OSError, ValueError):
+            raise ConfigError(
+                f"Expected a run of schema version {SCHEMA_VERSION} in {folder}, found no readable {RUN_FILE}.",
+                "Give the folder that --out of `synthward simulate` named.",
+            ) from None
+
+
+def notice(study: StudyConfig, record_is_patient: bool) -> str:
+    """The sentence that goes beside everything a run makes."""
+    if not study.privacy.enabled:
+        return "NOT PRIVATE: trained without differential privacy. For public data only."
+    unit = "one record (image): the data had no patient ids" if record_is_patient else "one patient"
+    return f"Trained with differential privacy; the privacy unit is {unit}."
+
+
+def mechanisms(history: History) -> list[MechanismRecord]:
+    """A history as it stands in ``run.json``."""
+    return [
+        MechanismRecord(sampling_probability=m.sampling_probability, noise_multiplier=m.noise_multiplier, steps=m.steps)
+        for m in history
+    ]
+
+
+def history(site: SiteRecord) -> History:
+    """The mechanisms of a site's record, to compute with."""
+    return tuple(Mechanism(m.sampling_probability, m.noise_multiplier, m.steps) for m in site.mechanisms)
+
+
+def set_epsilon(site: SiteRecord, accountant: Literal["prv", "rdp"]) -> None:
+    """Fill in the site's epsilon: RDP while the run goes on, PRV for the figure that stays."""
+    if site.delta is not None:
+        compute = accounting.epsilon if accountant == "prv" else accounting.rdp_epsilon
+        site.epsilon, site.accountant = compute(history(site), site.delta), accountant
+
+
+def append_metrics(folder: Path, line: dict[str, Any]) -> None:
+    """Add one JSON line to ``metrics.jsonl``."""
+    with (folder / METRICS_FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of ``metrics.jsonl``; a round that was run twice after a resume counts once, the last time."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
+    return [line for _, line in sorted({line["round"]: line for line in lines}.items())]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the run."""
+    packages = ("synthward", "torch", "opacus", "flwr", "numpy")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # inside Flower's bundle Synthward is files, not a package
+        return "bundle"

@@ -1,0 +1,136 @@
+"""Run folders made by hand, and a reader of the page they give."""
+
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.config import StudyConfig
+from common.privacy import accounting
+from common.privacy.accounting import Mechanism
+from server import record
+from server.record import MechanismRecord, RunRecord, SiteRecord, WarmStartRecord
+from server.report.page import write_report
+
+NOISE, STEPS = 2.0, 10
+DELTA = 1e-5
+
+
+def make_run(sites: Sequence[str] = ("north", "south"), *, private: bool = True, rounds: int = 3) -> RunRecord:
+    """A completed run in which every site took part in every round of STEPS steps."""
+    names = list(sites)
+    study = StudyConfig(name="pilot").with_changes("federation", contracted_patients=dict.fromkeys(names, 200))
+    if not private:
+        study = study.with_changes("privacy", enabled=False)
+    run = RunRecord(
+        status="completed",
+        study=study.model_dump(mode="json"),
+        study_digest=study.digest,
+        private=private,
+        notice=record.notice(study, record_is_patient=False),
+        versions={"python": "3.11.0", "torch": "2.13.0"},
+        device="cpu",
+        aggregation="plain",
+        rounds_completed=rounds,
+        noise_multiplier=NOISE if private else None,
+        seconds={"warm_start": 42.0, "total": 3725.0},
+    )
+    for name in names:
+        spent = [MechanismRecord(sampling_probability=0.25, noise_multiplier=NOISE, steps=STEPS * rounds)]
+        site = SiteRecord(
+            name=name,
+            epsilon=0.0 if private else None,
+            delta=DELTA if private else None,
+            accountant="prv" if private else "none",
+            mechanisms=spent if private and rounds else [],
+            rounds=list(range(1, rounds + 1)),
+            patients_trained=160,
+            patients_held_out=40,
+            holdout_commitment="ab" * 32,
+            record_is_patient=False,
+        )
+        record.set_epsilon(site, "prv")
+        run.sites.append(site)
+    return run
+
+
+def line(number: int, steps: dict[str, int], **changes: Any) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``; ``steps`` is what each site had charged by then."""
+    sites = {name: {"seconds": 4.0, "steps_charged": charged, "epsilon_rdp": None} for name, charged in steps.items()}
+    seconds = {"round": 5.0, "waiting_for_sites": 4.0, "server": 1.0}
+    usual = {"round": number, "generator_loss": 1.25, "discriminator_fake_loss": 0.5, "sites": sites, "refused": {}}
+    return {**usual, "seconds": seconds, **changes}
+
+
+def save(folder: Path, run: RunRecord) -> None:
+    """Write the run with a metrics line and a grid for each of its rounds; grids differ in their grey level."""
+    (folder / "samples").mkdir(parents=True)
+    for number in range(run.rounds_completed + 1):
+        Image.new("L", (8, 6), color=number).save(folder / "samples" / f"round-{number:04d}.png")
+        if number:
+            record.append_metrics(folder, line(number, {site.name: STEPS * number for site in run.sites}))
+    run.save(folder)
+
+
+def spent(steps: int) -> float:
+    """Epsilon after so many steps of a run made here."""
+    return accounting.epsilon((Mechanism(0.25, NOISE, steps),), DELTA)
+
+
+def warm(source: str) -> WarmStartRecord:
+    """A warm start from ``source``."""
+    return WarmStartRecord(source=source, digest="cd" * 32, seconds=1.0, from_cache=False)
+
+
+class Page(HTMLParser):
+    """What a reader of the page sees: its text, its elements, its banners."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.banners: dict[str, str] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    @classmethod
+    def of(cls, folder: Path) -> "Page":
+        """The page that the report of this run is."""
+        return cls(write_report(folder).read_text())
+
+    @property
+    def text(self) -> str:
+        """All text outside the style sheet, white space collapsed."""
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        """Attributes of all elements of a kind."""
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {key: value or "" for key, value in attrs}
+        self.elements.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append((tag, attributes.get("class", "")))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if ("style", "") in self.open:
+            return
+        self.texts.append(data)
+        for _, kind in self.open:
+            if kind.startswith("banner "):
+                name = kind.removeprefix("banner ")
+                self.banners[name] = self.banners.get(name, "") + data

@@ -1,0 +1,292 @@
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from server import record
+from server.record import RunRecord
+from server.report.page import write_report
+from server.report.words import epsilon_text
+from tests.server.report.runs import STEPS, Page, line, make_run, save, spent, warm
+
+
+def test_the_figures_appear(tmp_path: Path) -> None:
+    run = make_run()
+    run.sites[1].refusals = {"no_answer": 7}
+    run.refused_sites = {"node 9": "budget_exhausted"}
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    figure = epsilon_text(spent(3 * STEPS))
+    for expected in (
+        "pilot completed",
+        f"north {figure} at 1e-5 (PRV) 30 steps, noise 2, q 0.25 3 of 3 160 40 none",
+        "7 × no_answer , no answer in time",
+        "node 9 budget_exhausted the site has spent what the study planned for it",
+        "Target ε = 10 at δ = 1e-5",
+        "Add or remove one patient",
+        "the coordinator sees every site's own update",
+        f"at all 2 sites to ε = {epsilon_text(2 * spent(3 * STEPS))} at δ = 2e-5",
+        "total 1 h 2 min",
+        "the server's own work is 20.0 % of them",
+        f"{run.study_digest} Device cpu",
+        "contracted_patients] north = 200",
+    ):
+        assert expected in page.text, expected
+
+
+def test_the_chart_draws_epsilon_of_every_round_and_the_target(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    page = Page.of(tmp_path)
+    row = " ".join(epsilon_text(value) for value in (0.0, spent(STEPS), spent(2 * STEPS), spent(3 * STEPS)))
+    assert f"north, south {row}" in page.text
+    assert "target ε = 10" in page.text
+    lines = [curve["class"] for curve in page.all("polyline")]
+    assert lines.count("line s0") == 4 and lines.count("line s1") == 2  # of s1 the second loss only: curves, then keys
+
+
+def test_a_run_that_went_well_has_no_banner(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    page = Page.of(tmp_path)
+    assert page.banners == {}
+    assert "NOT PRIVATE" not in page.text
+    assert "Trained with differential privacy; the privacy unit is one patient." in page.text
+
+
+def test_privacy_off_is_unmissable(tmp_path: Path) -> None:
+    save(tmp_path, make_run(private=False))
+    page = Page.of(tmp_path)
+    assert list(page.banners) == ["bad"]
+    assert "NOT PRIVATE" in page.banners["bad"]
+    assert page.text.count("not private") == 2  # each site's row
+    assert not [
+        text for text in ("(PRV)", "target", "What is not protected", "with the guarantee") if text in page.text
+    ]
+
+
+def test_records_without_patient_ids_are_unmissable(tmp_path: Path) -> None:
+    run = make_run()
+    run.sites[1].record_is_patient = True
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert list(page.banners) == ["warn"]
+    assert "one record (image), not one patient: south" in page.banners["warn"]
+    assert "One record (image) at south; one patient elsewhere" in page.text
+
+
+def test_a_site_over_the_target_is_named(tmp_path: Path) -> None:
+    run = make_run()
+    run.sites[0].epsilon = 10.0001
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert list(page.banners) == ["error"]
+    assert "north has spent ε = 10.001 at δ = 1e-5" in " ".join(page.banners["error"].split())
+
+
+def test_exactly_the_target_is_not_over_it(tmp_path: Path) -> None:
+    run = make_run()
+    run.sites[0].epsilon = 10.0
+    save(tmp_path, run)
+    assert Page.of(tmp_path).banners == {}
+
+
+@pytest.mark.parametrize(("trained", "named"), [(10_000, False), (10_001, True)])
+def test_a_delta_too_large_for_the_cohort_is_named(tmp_path: Path, trained: int, named: bool) -> None:
+    run = make_run()
+    run.sites[1].patients_trained = trained  # the largest delta for 10 000 is 1e-5
+    save(tmp_path, run)
+    assert ("training patients) at south" in Page.of(tmp_path).text) == named
+
+
+@pytest.mark.parametrize("status", ["completed", "interrupted", "failed", "running"])
+def test_the_status_and_the_error_are_shown(tmp_path: Path, status: str) -> None:
+    run = make_run()
+    run.status = status  # type: ignore[assignment]
+    run.error = "too_few_survivors" if status == "failed" else ""
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert [text for text in page.texts if text.strip() == status]
+    assert ("fewer sites answered" in page.text.lower()) == (status == "failed")
+    assert ("Not finished" in page.text) == (status == "running")
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    hostile = "<img src=http://x/ onerror=alert(1)>\"'&"
+    run = make_run((hostile, "south"))
+    run.error, run.status, run.device, run.notice = hostile, "failed", hostile, hostile
+    run.aggregation = hostile
+    run.sites[1].refusals = {hostile: 1}
+    run.refused_sites = {hostile: hostile}
+    run.warm_start = warm(hostile)
+    run.versions, run.seconds = {hostile: hostile}, {hostile: 1.0}
+    run.sites[1].epsilon = 9.0  # curves differ, so that the name stands in a legend of its own
+    save(tmp_path, run)
+    check = {"accepted_records": 1, "accepted_patients": 1, "refused": {hostile: 1}, "notes": 0}
+    (tmp_path / "sites" / "<b>site").mkdir(parents=True)
+    (tmp_path / "sites" / "<b>site" / "data-check.json").write_text(json.dumps(check))
+    page = Page.of(tmp_path)
+    assert [image for image in page.all("img") if "onerror" in image or not image["src"].startswith("data:")] == []
+    assert page.text.count(hostile) >= 14
+    assert "<b>site" in page.text
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    text = write_report(tmp_path).read_text()
+    page = Page(text)
+    links = [
+        (tag, key, value)
+        for tag, attributes in page.elements
+        for key, value in attributes.items()
+        if key in ("src", "href", "srcset", "data", "action", "poster", "xlink:href", "style") or key.startswith("on")
+    ]
+    assert links and all(tag == "img" and key == "src" and value.startswith("data:") for tag, key, value in links)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
+    assert re.search(r"https?:|url\(|@import", text) is None
+
+
+def test_the_content_policy_admits_this_style_sheet_and_no_other(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    text = write_report(tmp_path).read_text()
+    policy = next(meta["content"] for meta in Page(text).all("meta") if "http-equiv" in meta)
+    style = re.findall("<style>(.*)</style>", text, re.DOTALL)
+    assert len(style) == 1
+    digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "script-src" not in policy
+
+
+def test_pictures_charts_and_tables_have_text_for_those_who_do_not_see_them(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    page = Page.of(tmp_path)
+    assert len(page.all("img")) == 4 and all(image["alt"] for image in page.all("img"))
+    charts = [svg for svg in page.all("svg") if "aria-hidden" not in svg]
+    assert len(charts) == 3 and all(svg["role"] == "img" and svg["aria-label"] for svg in charts)
+    assert page.all("th") and all(head.get("scope") in ("row", "col") for head in page.all("th"))
+
+
+@pytest.mark.parametrize(
+    ("source", "caption"),
+    [
+        ("", "untrained"),
+        ("public phantoms (brain), 600 steps", "public phantoms only, no patient used"),
+        ("a checkpoint given by the study", "a checkpoint given by the study; no patient of this study used yet"),
+    ],
+)
+def test_the_grid_before_says_what_it_was_made_from(tmp_path: Path, source: str, caption: str) -> None:
+    run = make_run()
+    run.warm_start = warm(source) if source else None
+    save(tmp_path, run)
+    assert f"Before (round 0) {caption}" in Page.of(tmp_path).text
+
+
+def test_before_and_after_are_the_first_and_the_last_grid_and_few_between(tmp_path: Path) -> None:
+    save(tmp_path, make_run(rounds=30))
+    page = Page.of(tmp_path)
+    pictures = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.all("img")]
+    files = [tmp_path / "samples" / f"round-{number:04d}.png" for number in (0, 30)]
+    assert pictures[:2] == [file.read_bytes() for file in files]
+    assert len(pictures) == 2 + 8 and len(set(pictures)) == 10
+
+
+def test_no_completed_round(tmp_path: Path) -> None:
+    run = make_run(rounds=0)
+    run.status, run.error = "failed", "too_few_survivors"
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert "No round was completed." in page.text and "0 of 10" in page.text
+    assert len(page.all("img")) == 1 and "Before (round 0)" in page.text
+    assert "north 0.000 at 1e-5 (PRV) nothing 0 of 0" in page.text
+
+
+def test_a_run_without_any_site(tmp_path: Path) -> None:
+    run = make_run((), rounds=0)
+    run.seconds = {}
+    save(tmp_path, run)
+    assert "No site took part." in Page.of(tmp_path).text
+
+
+def test_optional_files_may_be_missing(tmp_path: Path) -> None:
+    make_run().save(tmp_path)  # neither metrics nor samples nor sites
+    page = Page.of(tmp_path)
+    assert "holds no sample images" in page.text and "This stays at the site" in page.text
+
+
+def test_a_damaged_grid_is_left_out(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    (tmp_path / "samples" / "round-0003.png").write_bytes(b"<html>")
+    assert "After (round 2)" in Page.of(tmp_path).text
+
+
+def test_what_sites_refused(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    for name, content in (
+        (
+            "north",
+            '{"accepted_records": 501, "accepted_patients": 203, "notes": 2,'
+            ' "refused": {"truncated": 6, "odd_code": 1}}',
+        ),
+        ("south", "{}"),
+    ):
+        (tmp_path / "sites" / name).mkdir(parents=True)
+        (tmp_path / "sites" / name / "data-check.json").write_text(content)
+    page = Page.of(tmp_path)
+    assert "north 203 501 7 1 × odd_code , odd code 6 × truncated , the file ends too early 2" in page.text
+    assert "south its data-check.json cannot be read" in page.text
+    assert "This stays at the site" not in page.text and "before you pass this page on" in page.text
+
+
+def test_fifty_equal_sites_share_one_curve(tmp_path: Path) -> None:
+    save(tmp_path, make_run([f"site-{number}" for number in range(1, 51)]))
+    page = Page.of(tmp_path)
+    assert "site-1 … site-50 (50 sites)" in page.text
+    assert (
+        len([1 for curve in page.all("polyline") if curve["class"] == "line s0"]) == 4
+    )  # two charts, each with its key
+    assert "site-50 " in page.text
+
+
+def test_fifty_unlike_sites_stay_legible(tmp_path: Path) -> None:
+    run = make_run([f"site-{number}" for number in range(1, 51)])
+    for number, site in enumerate(run.sites):
+        site.epsilon = 9.0 - number / 10
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert "44 other sites, none higher" in page.text
+    assert len([1 for curve in page.all("polyline") if curve["class"] == "line s6"]) == 44 + 1
+
+
+def test_losses_that_are_not_numbers_do_not_break_the_chart(tmp_path: Path) -> None:
+    make_run().save(tmp_path)
+    for number, loss in enumerate((1.0, float("nan"), float("inf"), 2.0), start=1):
+        record.append_metrics(tmp_path, line(number, {"north": 10}, generator_loss=loss))
+    text = write_report(tmp_path).read_text()
+    assert re.search(r'points="[^"]*(nan|inf)', text) is None
+    assert '<td class="n">nan</td>' in text
+
+
+def test_the_report_is_written_again_over_the_old_one(tmp_path: Path) -> None:
+    run = make_run()
+    save(tmp_path, run)
+    assert "interrupted" not in Page.of(tmp_path).text
+    RunRecord.load(tmp_path).model_copy(update={"status": "interrupted"}).save(tmp_path)
+    assert write_report(tmp_path) == tmp_path / "report.html"
+    assert "interrupted" in Page.of(tmp_path).text
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_no_run_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    run = make_run()
+    run.study["gan"]["future_key"] = 1
+    save(tmp_path, run)
+    with pytest.raises(ConfigError, match="another version"):
+        write_report(tmp_path)

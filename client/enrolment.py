@@ -53,7 +53,8 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
     """
     fingerprint = _fingerprint(settings, study)
     known = _read_check(settings.folder)
-    if known.get("fingerprint") != fingerprint:
+    contracted = study.federation.contracted_patients.get(settings.name, known.get("contracted_patients"))
+    if known.get("fingerprint") != fingerprint or known.get("contracted_patients") != contracted:
         known = _check_and_prepare(settings, study, fingerprint)
     num_patients = int(known["accepted_patients"])
     if num_patients < study.federation.minimum_patients:
@@ -87,6 +88,7 @@ def _check_and_prepare(settings: SiteSettings, study: StudyConfig, fingerprint: 
         )
     known = {
         "fingerprint": fingerprint,
+        "contracted_patients": contracted,
         "accepted_records": len(inventory.records),
         "accepted_patients": num_patients,
         "refused": inventory.refusal_counts(),
@@ -113,8 +115,7 @@ def _read_check(folder: Path) -> DataCheck:
 def _fingerprint(settings: SiteSettings, study: StudyConfig) -> str:
     """Changes when a file, the settings or what the study wants of an image changes."""
     digest = hashlib.sha256()
-    contracted = study.federation.contracted_patients.get(settings.name)
-    for fact in (settings.model_dump_json(exclude={"device"}), study.image.model_dump_json(), str(contracted)):
+    for fact in (settings.model_dump_json(exclude={"device"}), study.image.model_dump_json()):
         digest.update(fact.encode() + b"\0")
     for path in sorted(settings.data.rglob("*")) if settings.data.is_dir() else ():
         if path.is_file():

@@ -27,6 +27,7 @@ from server.record import WarmStartRecord
 BATCH_SIZE = 64
 NUM_PHANTOMS = 3000
 AVERAGE_DECAY = 0.995
+LEARNING_RATE = 1e-3  # of both networks; the study's own rates are for the private steps
 RECIPE_VERSION = 1  # raise it when phantoms or this training change, so that no stale cache is used
 LESION_LABELS = ("lesion", "opacity")
 
@@ -97,7 +98,10 @@ def _train_on_phantoms(study: StudyConfig, device: torch.device) -> GanState:
     rng = np.random.default_rng([study.seed, RECIPE_VERSION])
     labels = phantom_labels(study, NUM_PHANTOMS, rng)
     phantoms = draw_phantoms(study, labels, rng)
-    trainer = GanTrainer(study, device, None, BATCH_SIZE, study.seed)
+    fast = study.with_changes(
+        "gan", generator_learning_rate=LEARNING_RATE, discriminator_learning_rate=LEARNING_RATE
+    )
+    trainer = GanTrainer(fast, device, None, BATCH_SIZE, study.seed)
     average = to_vector(trainer.generator)
     owner = np.arange(BATCH_SIZE, dtype=np.int64)
     for step in range(study.gan.warm_start_steps):
@@ -116,12 +120,19 @@ def _state(trainer: GanTrainer) -> GanState:
 
 
 def _recipe_digest(study: StudyConfig) -> str:
+    """Of all that the trained networks depend on; what only steers the private steps is left out."""
+    private_steps = {
+        "generator_learning_rate",
+        "discriminator_learning_rate",
+        "discriminator_steps_per_generator_step",
+        "ema_decay",
+    }
     recipe = [
         RECIPE_VERSION,
         study.seed,
         study.image.model_dump(mode="json"),
-        study.gan.model_dump(mode="json"),
-        [NUM_PHANTOMS, BATCH_SIZE, AVERAGE_DECAY],
+        study.gan.model_dump(mode="json", exclude=private_steps),
+        [NUM_PHANTOMS, BATCH_SIZE, AVERAGE_DECAY, LEARNING_RATE],
     ]
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 

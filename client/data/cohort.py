@@ -24,11 +24,11 @@ from pathlib import Path
 
 from client.data.inventory import Inventory
 from client.data.records import ImageRecord
+from common.config import holdout_share
 from common.errors import SiteError
 
 _KEY_BYTES = 32
 _KEY_NAME = "holdout.key"
-_SMALL_COHORT = 150
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,6 @@ def split(inventory: Inventory, key: bytes, num_patients: int) -> Cohort:
     held_out = tuple(p for p in patients if is_held_out(key, p.patient_id, share))
     training = tuple(p for p in patients if not is_held_out(key, p.patient_id, share))
     return Cohort(training, held_out)
-
-
-def holdout_share(num_patients: int) -> float:
-    """The probability that a patient is held out: 0.2, or 0.3 at fewer than 150 contracted patients.
-
-    Args:
-        num_patients: the public number, never the number found.
-    """
-    return 0.3 if num_patients < _SMALL_COHORT else 0.2
 
 
 def is_held_out(key: bytes, patient_id: str, share: float) -> bool:

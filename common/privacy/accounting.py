@@ -67,15 +67,7 @@ def epsilon(history: History, delta: float) -> float:
 
 def rdp_epsilon(history: History, delta: float) -> float:
     """Epsilon at ``delta`` by Renyi DP: an upper bound as well, looser and quicker. 0 for an empty history."""
-    from opacus.accountants import RDPAccountant
-
-    if not history:
-        return 0.0
-    accountant = RDPAccountant()
-    accountant.history = [(m.noise_multiplier, m.sampling_probability, m.steps) for m in history]
-    with _LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Optimal order is the")
-        return float(accountant.get_epsilon(delta, alphas=ALPHAS))
+    return _rdp_epsilon(_merged(history), delta) if history else 0.0
 
 
 @lru_cache(maxsize=64)
@@ -130,3 +122,14 @@ def _prv_epsilon(history: History, delta: float) -> float:
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.filterwarnings("ignore", message="Optimal order is the")
         return float(accountant.get_epsilon(delta, eps_error=min(ABSOLUTE_ERROR, RELATIVE_ERROR * rough)))
+
+
+@lru_cache(maxsize=4096)
+def _rdp_epsilon(history: History, delta: float) -> float:
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(m.noise_multiplier, m.sampling_probability, m.steps) for m in history]
+    with _LOCK, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Optimal order is the")
+        return float(accountant.get_epsilon(delta, alphas=ALPHAS))

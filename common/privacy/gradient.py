@@ -7,6 +7,7 @@ privacy; they are clipped too so that real and fake gradients keep one scale.
 """
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from common.privacy.noise import gaussian_noise
 from common.privacy.plan import PrivacyPlan
 from common.privacy.sampling import ByteSource
+
+# Real images need no gradient, and torch remarks on that when Opacus' hooks fire on the first layer.
+warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
 
 # Norms are float32: clipping a little inside the bound keeps the rounded vector inside it as well.
 ROUNDING_MARGIN = 2.0**-14

@@ -6,8 +6,8 @@ _HEAD = """
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'sha256-{{ style_digest }}'; base-uri 'none'; form-action
-'none'">
+  content="default-src 'none'; img-src data:; style-src 'sha256-{{ style_digest }}';
+  base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <title>{{ study.name }}: run report</title>
@@ -54,8 +54,8 @@ protected less than the figures below say.</p></div>
 {% else %}<dd class="big">none</dd><dd>no site took part</dd>{% endif %}</div>
 <div class="card"><dt>Unit of privacy</dt>
 {% if not run.private %}<dd class="big over">none</dd>
-{% elif record_sites %}<dd class="big over">one record</dd><dd>at {{ record_sites | length }} of {{ run.sites | length
-}} sites</dd>
+{% elif record_sites %}<dd class="big over">one record</dd>
+<dd>at {{ record_sites | length }} of {{ run.sites | length }} sites</dd>
 {% else %}<dd class="big">one patient</dd><dd>all of their images at a site</dd>{% endif %}</div>
 <div class="card"><dt>Rounds</dt><dd class="big">{{ run.rounds_completed }} of {{ study.federation.rounds }}</dd>
 <dd>{{ study.federation.local_steps }} steps each at a site</dd></div>
@@ -87,8 +87,8 @@ results and all attackers, whatever else they know.</p>
 <tr><th scope="row">Privacy unit</th><td>{% if record_sites %}<b class="over">One record (image)</b> at
 {{ record_sites | join(", ") }}{% if record_sites | length < run.sites | length %}; one patient elsewhere{% endif %}
 {% else %}One patient: all of their images and labels at a site{% endif %}</td></tr>
-<tr><th scope="row">Neighbouring relation</th><td>Add or remove one {{ "unit" if record_sites else "patient"
-}}</td></tr>
+<tr><th scope="row">Neighbouring relation</th><td>Add or remove one
+{{ "unit" if record_sites else "patient" }}</td></tr>
 <tr><th scope="row">Target</th><td>ε = {{ study.privacy.epsilon | number }} at δ = {{ study.privacy.delta | number }},
 for each site over the whole study</td></tr>
 <tr><th scope="row">Mechanism</th><td>Poisson-subsampled Gaussian on per-patient clipped gradients, composed over all
@@ -132,8 +132,8 @@ _SITES = """
 <table class="wide"><caption>Patients are the contracted, public numbers. ε is rounded up.</caption>
 <thead><tr><th scope="col">Site</th><th scope="col">ε at δ (accountant)</th><th scope="col">Charged</th>
 <th scope="col">Rounds taken part</th><th scope="col" class="n">Patients<br>trained on</th>
-<th scope="col" class="n">Patients<br>held out</th><th scope="col">Refusals</th><th scope="col"
-class="n">Time</th></tr></thead>
+<th scope="col" class="n">Patients<br>held out</th><th scope="col">Refusals</th>
+<th scope="col" class="n">Time</th></tr></thead>
 <tbody>
 {% for site in run.sites %}
 <tr><th scope="row">{{ site.name }}{% if site.record_is_patient %} <span class="over">(unit: record)</span>{% endif
@@ -207,11 +207,12 @@ privacy.</figcaption>
 _SAMPLES = """
 <section aria-labelledby="samples"><h2 id="samples">Synthetic images, before and after the patients' data</h2>
 {% if before or after %}
-<p>Every image here came out of the generator; none is of a patient. All grids use the same latents, so that they
-compare
-image by image.{% if study.image.labels %} Rows are grouped by label, from the top: {{ study.image.labels | join(", ")
-}}.
-{%- endif %}</p>
+<p>Every image here came out of the generator; none was taken from a patient.
+{% if not run.private %}<b class="over">Without differential privacy a generator can repeat patients' images.</b>
+{% endif %}
+All grids use the same latents, so that they compare image by image.
+{% if study.image.labels %}Rows are grouped by label, from the top: {{ study.image.labels | join(", ") }}.
+{% endif %}</p>
 <div class="two">
 {% if before %}
 <figure><img src="{{ before }}" alt="Grid of synthetic images before the first round. {{ before_caption }}.">
@@ -230,8 +231,8 @@ image by image.{% if study.image.labels %} Rows are grouped by label, from the t
 {% if between %}
 <div class="strip">
 {% for round, image in between %}
-<figure><img src="{{ image }}" alt="Grid of synthetic images after round {{ round }}."><figcaption>round {{ round
-}}</figcaption>
+<figure><img src="{{ image }}" alt="Grid of synthetic images after round {{ round }}.">
+<figcaption>round {{ round }}</figcaption>
 </figure>
 {% endfor %}
 </div>
@@ -246,8 +247,7 @@ _DATA = """
 <section aria-labelledby="data"><h2 id="data">What each site refused in its own data</h2>
 {% if checks %}
 <p>Read from the sites' folders, because this run was a simulation on one machine. In a real federation these counts
-stay
-at the site: they depend on single patients and no noise protects them. Take that into account before you pass this
+stay at the site: they depend on single patients and no noise protects them. Take that into account before you pass this
 page on.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Refused data by site">
 <table class="wide"><thead><tr><th scope="col">Site</th><th scope="col" class="n">Patients<br>accepted</th>
@@ -275,8 +275,8 @@ _TIMINGS = """
 <section aria-labelledby="timings"><h2 id="timings">Time</h2>
 <div class="two">
 <div>
-<table><caption>Of the whole run</caption><thead><tr><th scope="col">Part</th><th scope="col"
-class="n">Time</th></tr></thead>
+<table><caption>Of the whole run</caption><thead><tr><th scope="col">Part</th>
+<th scope="col" class="n">Time</th></tr></thead>
 <tbody>
 {% for name, value in run.seconds.items() %}
 <tr><th scope="row">{{ name.replace("_", " ") }}</th><td class="n">{{ value | seconds }}</td></tr>

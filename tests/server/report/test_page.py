@@ -52,7 +52,7 @@ def test_a_run_that_went_well_has_no_banner(tmp_path: Path) -> None:
     save(tmp_path, make_run())
     page = Page.of(tmp_path)
     assert page.banners == {}
-    assert "NOT PRIVATE" not in page.text
+    assert "NOT PRIVATE" not in page.text and "can repeat patients' images" not in page.text
     assert "Trained with differential privacy; the privacy unit is one patient." in page.text
 
 
@@ -62,6 +62,7 @@ def test_privacy_off_is_unmissable(tmp_path: Path) -> None:
     assert list(page.banners) == ["bad"]
     assert "NOT PRIVATE" in page.banners["bad"]
     assert page.text.count("not private") == 2  # each site's row
+    assert "a generator can repeat patients' images" in page.text
     assert not [
         text for text in ("(PRV)", "target", "What is not protected", "with the guarantee") if text in page.text
     ]

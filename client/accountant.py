@@ -1,6 +1,10 @@
 """What a site has spent in one study: a file that is written before the gradients it pays for."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import PrivacyError
@@ -28,17 +32,35 @@ class SiteAccountant:
         self.history = self._read()
 
     def charge(self, mechanism: Mechanism) -> None:
-        """Add a mechanism and wait until it is on disk. Raises OSError when it cannot be written."""
+        """Add a mechanism and wait until it is on disk.
+
+        Raises:
+            OSError: it cannot be written. Nothing is charged.
+            PrivacyError: another process has charged since this one read the file. Nothing is charged.
+        """
         history = accounting.append(self.history, mechanism)
         steps = [[m.sampling_probability, m.noise_multiplier, m.steps] for m in history]
         content = {"version": 1, "study_digest": self._study_digest, "mechanisms": steps}
-        write_atomically(self._path, json.dumps(content).encode())
+        with self._alone():
+            if self._read() != self.history:
+                raise PrivacyError(f"{self._path} was changed by another process.", "Run one training at a time.")
+            write_atomically(self._path, json.dumps(content).encode())
         self.history = history
 
     @property
     def exists(self) -> bool:
         """Whether anything was ever charged."""
         return self._path.exists()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock beside the file, which the operating system drops when the process ends."""
+        descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _read(self) -> History:
         if not self._path.exists():
@@ -47,7 +69,8 @@ class SiteAccountant:
             content = json.loads(self._path.read_bytes())
             same = content["version"] == 1 and content["study_digest"] == self._study_digest
             history = tuple(Mechanism(float(q), float(noise), int(steps)) for q, noise, steps in content["mechanisms"])
-        except (OSError, ValueError, KeyError, TypeError):
+            same = same and all(m.steps == entry[2] for m, entry in zip(history, content["mechanisms"], strict=True))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             same, history = False, ()
         if not same:
             raise PrivacyError(

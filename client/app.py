@@ -61,7 +61,9 @@ def _answer(
     try:
         settings = SiteSettings.load(_site_folder(context))
         with site_log(settings.folder) as log:
-            reply = _guarded(lambda: handle(message, StudyConfig.from_run_config(dict(context.run_config)), settings), log)
+            reply = _guarded(
+                lambda: handle(message, StudyConfig.from_run_config(dict(context.run_config)), settings), log
+            )
     except FederationError as error:  # no settings, hence no log file to write to
         reply = Refusal(error.code)
     return Message(wire.pack(reply), reply_to=message)
@@ -85,7 +87,7 @@ def _check_study(digest: str, study: StudyConfig) -> None:
 
 
 def _site_folder(context: Context) -> Path:
-    """The site's folder: from the node's own configuration, else from Flower's simulation, which only numbers its nodes."""
+    """The site's folder: from the node's own configuration, else from Flower's simulation, which numbers its nodes."""
     if "site" in context.node_config:
         return Path(str(context.node_config["site"]))
     if "partition-id" in context.node_config:
@@ -94,4 +96,3 @@ def _site_folder(context: Context) -> Path:
         if position < len(folders):
             return folders[position]
     raise SiteError("This node has no site folder.", "Start the node with --node-config \"site='FOLDER'\".")
-

@@ -77,7 +77,9 @@ def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     source = _digest(request)
     if saved is not None and saved["source"] == source:
         logger.info("round %d: answered again from the saved state", request.round)
-        return LocalUpdate(request.round, saved["generator"].numpy(), saved["discriminator"].numpy(), accountant.history)
+        return LocalUpdate(
+            request.round, saved["generator"].numpy(), saved["discriminator"].numpy(), accountant.history
+        )
 
     num_steps = _charge(accountant, plan, at.study)
     trainer = _restore(at, plan, request, saved)
@@ -130,7 +132,9 @@ def _draw(at: SiteStudy) -> RealBatch:
     return RealBatch(np.concatenate(images), np.concatenate(labels), np.concatenate(owners))
 
 
-def _restore(at: SiteStudy, plan: PrivacyPlan | None, request: TrainRequest, saved: dict[str, Any] | None) -> GanTrainer:
+def _restore(
+    at: SiteStudy, plan: PrivacyPlan | None, request: TrainRequest, saved: dict[str, Any] | None
+) -> GanTrainer:
     """A trainer at the shared state, with the optimizers as this site left them."""
     seed = hashlib.sha256(f"{at.study.seed}/{at.site}/{request.round}".encode()).digest()
     trainer = GanTrainer(

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.errors import ConfigError
 
-Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=]+$")]
+# Labels and names pass through Flower's run config as "a,b" and "name=count,...": no such signs, no spaces at the ends.
+Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=\s]([^,=]*[^,=\s])?$")]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def start_size(size: int) -> int:
@@ -23,7 +25,9 @@ def start_size(size: int) -> int:
     while start > 7 and start % 2 == 0:
         start //= 2
     if not (28 <= size <= 128 and 4 <= start <= 7):
-        raise ValueError(f"size must be 28 to 128 and 4, 5, 6 or 7 times a power of two (28, 32, 40, 48, ...), not {size}")
+        raise ValueError(
+            f"size must be 28 to 128 and 4, 5, 6 or 7 times a power of two (28, 32, 40, 48, ...), not {size}"
+        )
     return start
 
 
@@ -111,7 +115,7 @@ class FederationConfig(Part):
     minimum_sites: int = Field(1, ge=1, le=10_000)
     minimum_patients: int = Field(20, ge=1)
     round_timeout_seconds: float = Field(3600, gt=0)
-    contracted_patients: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    contracted_patients: dict[SiteName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
 
     @field_validator("contracted_patients", mode="before")
     @classmethod
@@ -119,7 +123,10 @@ class FederationConfig(Part):
         # Flower's run config has no tables: there the contract is one string "name=count,name=count".
         if isinstance(value, str):
             pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-            return {name.strip(): int(count) for name, _, count in pairs}
+            contract = {name.strip(): count.strip() for name, _, count in pairs}
+            if len(contract) < len(pairs):
+                raise ValueError("a site is named twice")
+            return contract
         return value
 
 
@@ -179,7 +186,9 @@ class StudyConfig(Part):
             with path.open("rb") as file:
                 tree = tomllib.load(file)
         except OSError as error:
-            raise ConfigError(f"Cannot read the study file {path}: {error.strerror}.", "Give an existing file.") from None
+            raise ConfigError(
+                f"Cannot read the study file {path}: {error.strerror}.", "Give an existing file."
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}.", "Correct the line.") from None
         return _checked(tree, str(path))
@@ -188,18 +197,21 @@ class StudyConfig(Part):
         """Write the study as a TOML file that ``from_toml`` reads back."""
         import tomli_w
 
-        path.write_text(tomli_w.dumps(self.model_dump(mode="json")))
+        path.write_text(tomli_w.dumps(self.model_dump(mode="json")), encoding="utf-8")
 
     @classmethod
     def from_run_config(cls, run_config: dict[str, Any]) -> "StudyConfig":
         """Build a study from Flower's flat run config: ``study.privacy.epsilon`` and so on; other keys are ignored."""
         tree: dict[str, Any] = {}
         for key, value in run_config.items():
-            parts = key.split(".")
-            if parts[0] != "study" or len(parts) not in (2, 3):
+            first, _, rest = key.partition(".")
+            if first != "study":
                 continue
-            table = tree.setdefault(parts[1], {}) if len(parts) == 3 else tree
-            table[parts[-1]] = value
+            part, _, leaf = rest.partition(".")
+            table = tree.setdefault(part, {}) if leaf else tree
+            if not isinstance(table, dict) or (leaf or part) in table:
+                raise ConfigError(f"The run configuration gives {part!r} both as a key and as a table.", "Keep one.")
+            table[leaf or part] = value
         return _checked(tree, "the run configuration")
 
     def to_run_config(self) -> dict[str, str | int | float | bool]:

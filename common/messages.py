@@ -1,4 +1,4 @@
-"""What the coordinator and the sites say to each other, as plain types. ``common/wire.py`` puts them into Flower records."""
+"""What the coordinator and the sites say to each other, as plain types; ``common/wire.py`` makes records of them."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Messages to Flower records and back: the only place that knows record keys and the protocol version."""
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -13,6 +13,7 @@ PROTOCOL_VERSION = 1
 ENROL, TRAIN = "query.enrol", "train.local_round"
 
 _FACTS, _VECTORS = "facts", "vectors"
+T = TypeVar("T", str, bool, int, float)
 
 
 def action(request: Request) -> str:
@@ -52,7 +53,9 @@ def unpack(record: RecordDict) -> Request | Reply:
     """The message in a record. Raises BadPeer for anything that this version of the protocol does not say."""
     try:
         return _unpack(record)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except BadPeer:
+        raise
+    except Exception as error:  # what a damaged array makes numpy raise has no bound: EOFError, BadZipFile, MemoryError
         raise BadPeer(f"Expected a message of protocol version {PROTOCOL_VERSION}, found a malformed one.") from error
 
 
@@ -67,13 +70,13 @@ def _unpack(record: RecordDict) -> Request | Reply:
             return EnrolRequest(_text(facts["study_digest"]))
         case "enrolment":
             site, commitment = _text(facts["site"]), _text(facts["holdout_commitment"])
-            return Enrolment(site, commitment, bool(facts["record_is_patient"]))
+            return Enrolment(site, commitment, _typed(bool, facts["record_is_patient"]))
         case "train_request":
             generator, discriminator = _vector(record, "generator"), _vector(record, "discriminator")
-            return TrainRequest(_text(facts["study_digest"]), int(facts["round"]), generator, discriminator)
+            return TrainRequest(_text(facts["study_digest"]), _round(facts), generator, discriminator)
         case "local_update":
             generator, discriminator = _vector(record, "generator"), _vector(record, "discriminator")
-            return LocalUpdate(int(facts["round"]), generator, discriminator, _history(facts))
+            return LocalUpdate(_round(facts), generator, discriminator, _history(facts))
         case "refusal":
             return Refusal(_text(facts["code"]))
         case _:
@@ -96,7 +99,20 @@ def _vector(record: RecordDict, name: str) -> Vector:
 
 def _history(facts: dict[str, Any]) -> History:
     columns = zip(facts["sampling_probability"], facts["noise_multiplier"], facts["steps"], strict=True)
-    return tuple(Mechanism(float(q), float(noise), int(steps)) for q, noise, steps in columns)
+    return tuple(Mechanism(_typed(float, q), _typed(float, noise), _typed(int, steps)) for q, noise, steps in columns)
+
+
+def _round(facts: dict[str, Any]) -> int:
+    number = _typed(int, facts["round"])
+    if number < 0:
+        raise ValueError("expected a round of 0 or more")
+    return number
+
+
+def _typed(kind: type[T], value: object) -> T:
+    if type(value) is not kind:  # bool is an int, and int("5") is 5: neither is what an honest peer sends
+        raise TypeError(f"expected {kind.__name__}")
+    return value
 
 
 def _text(value: object) -> str:

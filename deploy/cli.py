@@ -38,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        _fail(f"The operating system refused{where}: {error.strerror or error}. Check the path, rights and space.", 2, options.debug)
+        _fail(
+            f"The operating system refused{where}: {error.strerror or error}. Check the path, rights and space.",
+            2,
+            options.debug,
+        )
     sys.exit(0)
 
 
@@ -53,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="synthward",
-        description="Hospitals train a GAN together, with patient-level differential privacy, and no image leaves any of them.",
+        description="Hospitals train a GAN together with patient-level differential privacy; no image leaves them.",
         epilog=EXAMPLES,
         formatter_class=raw,
     )
@@ -80,16 +84,22 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     phantom.add_argument("folder", type=Path, metavar="DIR", help="folder to write; its sites must not exist")
     phantom.add_argument("--sites", type=_positive, default=3, metavar="N", help="number of sites (default 3)")
     phantom.add_argument("--patients", type=_positive, default=40, metavar="N", help="patients a site (default 40)")
-    phantom.add_argument("--seed", type=_seed, default=0, metavar="N", help="other seeds give other patients (default 0)")
+    phantom.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="other seeds give other patients (default 0)"
+    )
     phantom.set_defaults(run=_data_phantom)
 
     check = parts.add_parser(
         "check",
         help="show what a site would accept and refuse, and why",
-        epilog="example: synthward data check phantoms/site-1 --json. Reasons name files: they are for the site's eyes.",
+        epilog="example: synthward data check phantoms/site-1 --json. Reasons name files: for the site's eyes.",
     )
-    check.add_argument("folder", type=Path, metavar="PATH", help="folder of images: BIDS, PNG/JPEG with a table, or DICOM")
-    check.add_argument("--study", type=Path, metavar="STUDY.toml", help="check labels and minimum patients of this study")
+    check.add_argument(
+        "folder", type=Path, metavar="PATH", help="folder of images: BIDS, PNG/JPEG with a table, or DICOM"
+    )
+    check.add_argument(
+        "--study", type=Path, metavar="STUDY.toml", help="check labels and minimum patients of this study"
+    )
     check.add_argument("--record-is-patient", action="store_true", help="count every image as a patient of its own")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_data_check)
@@ -119,16 +129,28 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     simulate.add_argument("study", nargs="?", type=Path, metavar="STUDY.toml", help="the study")
     source = simulate.add_argument_group("data (one of these)")
-    source.add_argument("--site", action="append", type=_named_path, metavar="NAME=PATH", help="one site's data; repeat it")
+    source.add_argument(
+        "--site", action="append", type=_named_path, metavar="NAME=PATH", help="one site's data; repeat it"
+    )
     source.add_argument("--data", type=Path, metavar="PATH", help="one data set, split over --sites by patient")
     source.add_argument("--phantom", type=_positive, metavar="PATIENTS", help="phantom patients at each of --sites")
     source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was interrupted")
-    simulate.add_argument("--sites", type=_positive, metavar="N", help="number of sites for --data and --phantom (default 3)")
-    simulate.add_argument("--rounds", type=_positive, metavar="N", help="rounds instead of the study's; noise is planned anew")
+    simulate.add_argument(
+        "--sites", type=_positive, metavar="N", help="number of sites for --data and --phantom (default 3)"
+    )
+    simulate.add_argument(
+        "--rounds", type=_positive, metavar="N", help="rounds instead of the study's; noise is planned anew"
+    )
     simulate.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default runs/NAME-OF-STUDY)")
-    simulate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default auto)")
-    simulate.add_argument("--seed", type=_seed, metavar="N", help="seed of weights and latents; never of noise or sampling")
-    simulate.add_argument("--record-is-patient", action="store_true", help="count every image as a patient; reports say so")
+    simulate.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default auto)"
+    )
+    simulate.add_argument(
+        "--seed", type=_seed, metavar="N", help="seed of weights and latents; never of noise or sampling"
+    )
+    simulate.add_argument(
+        "--record-is-patient", action="store_true", help="count every image as a patient; reports say so"
+    )
     simulate.set_defaults(run=_simulate)
 
 
@@ -147,7 +169,11 @@ def _simulate(options: argparse.Namespace) -> None:
         out = resume_run(options) if sources[0] == "resume" else new_run(options)
     except KeyboardInterrupt:
         folder = options.resume or options.out
-        hint = f" Go on with: synthward simulate --resume {folder}" if folder else " Go on with --resume and the run's folder."
+        hint = (
+            f" Go on with: synthward simulate --resume {folder}"
+            if folder
+            else " Go on with --resume and the run's folder."
+        )
         print(f"synthward: Interrupted; completed rounds are kept.{hint}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     print(out / "report.html")
@@ -167,7 +193,9 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the images")
     generate.add_argument("--label", metavar="L", help="only this label (default: all labels in turn)")
     generate.add_argument("--format", choices=("png", "nifti"), default="png", help="file format (default png)")
-    generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="other seeds give other images (default 0)")
+    generate.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="other seeds give other images (default 0)"
+    )
     generate.set_defaults(run=_generate)
 
 

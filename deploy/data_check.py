@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from client.data.inventory import Inventory, take_inventory
-from common.config import StudyConfig
+from common.config import ImageConfig, StudyConfig
 from common.errors import SiteError
 
 MOST_LINES = 200
@@ -17,8 +17,8 @@ def check(folder: Path, study_path: Path | None, *, record_is_patient: bool, as_
     Raises:
         SiteError: nothing usable was found, or fewer patients than the study's minimum.
     """
-    study = StudyConfig.from_toml(study_path) if study_path else StudyConfig()
-    image = study.image
+    study = StudyConfig.from_toml(study_path) if study_path else None
+    image = study.image if study else ImageConfig()
     inventory = take_inventory(
         folder, label_column=image.label_column or None, labels=image.labels, record_is_patient=record_is_patient
     )
@@ -27,7 +27,7 @@ def check(folder: Path, study_path: Path | None, *, record_is_patient: bool, as_
         print()
     else:
         _print(inventory)
-    minimum = study.federation.minimum_patients if study_path else 1
+    minimum = study.federation.minimum_patients if study else 1
     if len(inventory.patients) < minimum:
         raise SiteError(
             f"Expected at least {minimum} patients with usable images, found {len(inventory.patients)}.",

@@ -48,7 +48,9 @@ def _labels(study: StudyConfig, count: int, label: str | None) -> NDArray[np.int
         return np.arange(count, dtype=np.int64) % study.image.num_classes
     if label not in study.image.labels:
         known = ", ".join(study.image.labels) or "none: the study has no labels"
-        raise ConfigError(f"The run has no label {label!r}; its labels are {known}.", "Give one of them, or leave it out.")
+        raise ConfigError(
+            f"The run has no label {label!r}; its labels are {known}.", "Give one of them, or leave it out."
+        )
     return np.full(count, study.image.labels.index(label), dtype=np.int64)
 
 
@@ -62,7 +64,7 @@ def _write_pngs(out: Path, synthetic: Synthetic, notice: str) -> list[str]:
 
 
 def _write_niftis(out: Path, synthetic: Synthetic, notice: str) -> list[str]:
-    """One slice a file: (size, size, 1), RAS, so that a viewer shows it as the PNG does. Pixels have no size in mm: 1."""
+    """One slice a file: (size, size, 1), RAS, so that a viewer shows it as the PNG does. Pixels have no size: 1 mm."""
     import nibabel
 
     names = [f"synthetic-{number:06d}.nii.gz" for number in range(len(synthetic.images))]

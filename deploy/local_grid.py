@@ -144,4 +144,3 @@ class LocalGrid(Grid):
                 return Message(Error(CLIENT_APP_RAISED, "stopped"), reply_to=message)
             finally:
                 self._watcher.finished(node_id, group)
-

@@ -88,7 +88,7 @@ def _sites(options: argparse.Namespace, out: Path, study: StudyConfig) -> list[S
 
 
 def _deal_patients(options: argparse.Namespace, names: list[str], study: StudyConfig) -> dict[str, tuple[str, ...]]:
-    """Deal the data set's patients over the sites, all images of a patient to one: as if each hospital had treated its own."""
+    """Deal the data set's patients over the sites, all images of a patient to one, as hospitals treat their own."""
     from client.data.inventory import list_patients
 
     patients = sorted(list_patients(options.data, record_is_patient=options.record_is_patient))

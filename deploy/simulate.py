@@ -76,7 +76,9 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
         prepared[settings.name] = settings
     if len(prepared) < study.federation.minimum_sites:
         minimum = study.federation.minimum_sites
-        raise SiteError(f"Expected at least {minimum} sites with usable data, found {len(prepared)}. {' '.join(refused)}")
+        raise SiteError(
+            f"Expected at least {minimum} sites with usable data, found {len(prepared)}. {' '.join(refused)}"
+        )
     taking_part = {name: contract[name] for name in prepared}
     return study.with_changes("federation", contracted_patients=taking_part), prepared
 

@@ -13,7 +13,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study in the run's configuration and write its report. See ``server/study_run.py``."""
-    from server.channel import FlowerChannel
+    from server.flower_channel import FlowerChannel
     from server.report.page import write_report
     from server.study_run import run_study
 

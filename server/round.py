@@ -34,7 +34,7 @@ class RoundResult:
 def run_round(study: StudyConfig, channel: Channel, sites: dict[int, str], state: GanState) -> RoundResult:
     """Ask every site for one round of local training and combine what comes back.
 
-    A site that fails, refuses, answers late or with a wrong shape is left out of this round and asked again in the next.
+    A site that fails, refuses, is late or sends a wrong shape is left out of this round and asked again in the next.
 
     Args:
         sites: enrolled sites, name by node id.

@@ -98,9 +98,7 @@ def _train_on_phantoms(study: StudyConfig, device: torch.device) -> GanState:
     rng = np.random.default_rng([study.seed, RECIPE_VERSION])
     labels = phantom_labels(study, NUM_PHANTOMS, rng)
     phantoms = draw_phantoms(study, labels, rng)
-    fast = study.with_changes(
-        "gan", generator_learning_rate=LEARNING_RATE, discriminator_learning_rate=LEARNING_RATE
-    )
+    fast = study.with_changes("gan", generator_learning_rate=LEARNING_RATE, discriminator_learning_rate=LEARNING_RATE)
     trainer = GanTrainer(fast, device, None, BATCH_SIZE, study.seed)
     average = to_vector(trainer.generator)
     owner = np.arange(BATCH_SIZE, dtype=np.int64)

@@ -1,6 +1,6 @@
 """GAN losses as sums of a term for real and a term for fake images, each a row of the batch.
 
-Every loss has the form  E_real a(D(x)) + E_fake b(D(G(z)))  so that the real term can be clipped a patient; none mixes rows.
+Every loss has the form  E_real a(D(x)) + E_fake b(D(G(z)))  and none mixes rows.
 """
 
 from typing import Literal

@@ -45,7 +45,12 @@ class DcganGenerator(nn.Module):
         self.stem = nn.Linear(inputs, widths[0] * self.start**2)
         layers: list[nn.Module] = [_group_norm(widths[0]), nn.ReLU()]
         for before, after in zip(widths, [*widths[1:], width], strict=True):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), _group_norm(after), nn.ReLU()]
+            layers += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(before, after, 3, padding=1),
+                _group_norm(after),
+                nn.ReLU(),
+            ]
         layers += [nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()]
         self.body = nn.Sequential(*layers)
 

@@ -14,7 +14,7 @@ def to_vector(module: nn.Module) -> Vector:
 
 
 def load_vector(module: nn.Module, vector: Vector) -> None:
-    """Overwrite the parameters of ``module`` in place. Raises ValueError when the length differs or values are not finite."""
+    """Overwrite the parameters of ``module`` in place. Raises ValueError for another length or values not finite."""
     parameters = list(module.parameters())
     expected = sum(parameter.numel() for parameter in parameters)
     if vector.shape != (expected,):

@@ -85,9 +85,11 @@ class GanTrainer:
         """
         with torch.no_grad():
             fakes, fake_labels = self.draw_fakes(self.num_fakes)
-        if self.plan is not None:
+        if isinstance(self.discriminator_optimizer, PatientOptimizer):
             self._per_sample.enable_hooks()
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
+            self.discriminator_optimizer.begin_step()
+        else:
+            self.discriminator_optimizer.zero_grad(set_to_none=True)
         pieces = _pieces(real, fakes, fake_labels, self.study.performance.max_images_at_once)
         total_loss, non_finite = 0.0, 0
         for number, piece in enumerate(pieces):

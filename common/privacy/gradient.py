@@ -30,9 +30,9 @@ class PatientOptimizer(DPOptimizer):
     """Opacus' clip-and-noise optimizer with noise from the operating system.
 
     **Guarantee.** With ``average_over_owners`` called after each backward pass, one patient more or less moves
-    ``p.summed_grad`` (all parameters together) by at most ``plan.clip_norm``, however many images the patient has and
-    however large they are; noise of standard deviation ``plan.noise_stddev`` is added to every coordinate at every step,
-    on an empty draw as well; the divisor is public.
+    ``p.summed_grad``, all parameters together, by at most ``plan.clip_norm``, however many images the patient has and
+    however large they are; noise of standard deviation ``plan.noise_stddev`` is added to every coordinate at every
+    step, on an empty draw as well; the divisor is public.
 
     | edge case | what happens |
     |---|---|
@@ -40,6 +40,7 @@ class PatientOptimizer(DPOptimizer):
     | NaN or Inf in a patient's gradient | the patient adds zero |
     | gradient norm overflows float32 | the clip factor is zero: the patient adds zero |
     | source of randomness fails | OSError before the parameters change |
+    | a step breaks off half-way | ``begin_step`` forgets its sum |
     """
 
     def __init__(
@@ -54,6 +55,12 @@ class PatientOptimizer(DPOptimizer):
         )
         self.noise_stddev = plan.noise_stddev
         self.source = source
+
+    def begin_step(self) -> None:
+        """Drop whatever an interrupted step left: its sum would count a patient twice in the next one."""
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+        self.zero_grad(set_to_none=True)
 
     def add_noise(self) -> None:
         """Set ``p.grad`` to the clipped sum plus fresh noise. Called by Opacus once a step."""

@@ -48,16 +48,18 @@ def make_plan(study: StudyConfig) -> PrivacyPlan | None:
             steps=study.total_steps,
         )
     except ValueError as error:
-        raise ConfigError(f"privacy: {error}.", "Raise epsilon, or lower rounds, local_steps or sampling_probability.") from None
+        raise ConfigError(
+            f"privacy: {error}.", "Raise epsilon, or lower rounds, local_steps or sampling_probability."
+        ) from None
     mechanism = Mechanism(privacy.sampling_probability, noise_multiplier, study.total_steps)
     epsilon = accounting.epsilon((mechanism,), privacy.delta)
     return PrivacyPlan(mechanism, privacy.clip_norm, privacy.delta, epsilon, privacy.images_per_patient)
 
 
 def check_delta(delta: float, num_patients: int) -> None:
-    """Refuse a delta that would allow one patient in ten cohorts to be exposed: delta <= 1 / (10 patients)."""
+    """Refuse a delta above 1 / (10 patients): it would allow one patient in ten cohorts to be exposed."""
     if delta > 1 / (10 * num_patients):
         raise PrivacyError(
-            f"delta={delta:g} is too large for {num_patients} patients: expected at most {1 / (10 * num_patients):.1e}.",
+            f"delta={delta:g} is too large for {num_patients} patients: at most {1 / (10 * num_patients):.1e} is allowed.",
             "Lower privacy.delta in the study.",
         )

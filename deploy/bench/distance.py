@@ -1,7 +1,7 @@
 """Frechet distance between two sets of images on random features: no downloaded network, the same for everyone.
 
-The features are those of two untrained convolution layers at three scales, averages and squares on a 4x4 grid, projected
-to 256 numbers. Lower is better; two independent samples of one distribution of a few thousand images score below 1.
+The features are those of two untrained convolution layers at three scales, averages and squares on a 4x4 grid,
+projected to 256 numbers. Lower is better; two independent samples of one distribution of a few thousand images score below 1.
 """
 
 import numpy as np
@@ -20,7 +20,9 @@ def features(images: NDArray[np.float32], seed: int = 20) -> NDArray[np.float64]
     batch = torch.from_numpy(images)
     for scale in (1, 2, 4):
         seen = avg_pool2d(batch, scale) if scale > 1 else batch
-        layers = nn.Sequential(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(32, 48, 3), nn.ReLU())
+        layers = nn.Sequential(
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(32, 48, 3), nn.ReLU()
+        )
         for layer in layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, generator=random)

@@ -1,0 +1,70 @@
+"""The channel over a Flower grid: the only place of the server's flow that knows Flower."""
+
+import time
+from collections.abc import Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common import wire
+from common.errors import FederationError, TooFewSurvivors
+from common.messages import Refusal, Reply, Request
+from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR, Answer
+
+POLL_SECONDS = 0.3
+
+
+class FlowerChannel:
+    """The channel over a Flower grid, in simulation and deployment alike.
+
+    Args:
+        grid: Flower's grid of the running ServerApp.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self, minimum: int, timeout_seconds: float) -> tuple[int, ...]:
+        """See Channel. Flower's grid is empty at the start, in its simulation too."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            nodes = tuple(sorted(self._grid.get_node_ids()))
+            if len(nodes) >= minimum:
+                return nodes
+            if time.monotonic() > deadline:
+                raise TooFewSurvivors(
+                    f"Expected at least {minimum} connected sites, found {len(nodes)} after {timeout_seconds:.0f} s.",
+                    "Start the missing sites, or lower federation.minimum_sites.",
+                )
+            time.sleep(POLL_SECONDS)
+
+    def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> dict[int, Answer]:
+        """See Channel. Replies are mapped by the message they answer: an absent node's error has another id."""
+        start = time.monotonic()
+        messages = [
+            Message(wire.pack(request), node, wire.action(request), group_id=group, ttl=timeout_seconds)
+            for node, request in requests.items()
+        ]
+        waiting = dict(zip(self._grid.push_messages(messages), requests, strict=True))
+        answers: dict[int, Answer] = {}
+        while waiting and time.monotonic() - start < timeout_seconds:
+            before = len(waiting)
+            for message in self._grid.pull_messages(list(waiting)):
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is not None:
+                    answers[node] = Answer(_reply(message), time.monotonic() - start)
+            if len(waiting) == before:
+                time.sleep(POLL_SECONDS)
+        for node in waiting.values():
+            answers[node] = Answer(Refusal(NO_ANSWER), timeout_seconds)
+        return answers
+
+
+def _reply(message: Message) -> Reply:
+    if message.has_error():
+        return Refusal(NODE_ERROR)
+    try:
+        reply = wire.unpack(message.content)
+    except FederationError:
+        return Refusal(MALFORMED)
+    return reply if isinstance(reply, Reply) else Refusal(MALFORMED)

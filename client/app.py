@@ -5,6 +5,7 @@ code goes to the server. (Flower would send the text of an exception along.)
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,13 +60,14 @@ def _answer(
     message: Message, context: Context, handle: Callable[[Message, StudyConfig, SiteSettings], Reply]
 ) -> Message:
     try:
-        settings = SiteSettings.load(_site_folder(context))
+        settings = _settings(context)
         with site_log(settings.folder) as log:
             reply = _guarded(
                 lambda: handle(message, StudyConfig.from_run_config(dict(context.run_config)), settings), log
             )
-    except FederationError as error:  # no settings, hence no log file to write to
-        reply = Refusal(error.code)
+    except Exception as error:  # no settings or no log file: the console of the site's own process is left
+        print(f"synthward: {error}", file=sys.stderr)
+        reply = Refusal(error.code if isinstance(error, FederationError) else INTERNAL_ERROR)
     return Message(wire.pack(reply), reply_to=message)
 
 
@@ -86,13 +88,26 @@ def _check_study(digest: str, study: StudyConfig) -> None:
         raise BadPeer("The message belongs to another study than the run's configuration.", "Start the run again.")
 
 
-def _site_folder(context: Context) -> Path:
-    """The site's folder: from the node's own configuration, else from Flower's simulation, which numbers its nodes."""
+def _settings(context: Context) -> SiteSettings:
+    """The site's settings: from its folder, which the node's configuration names."""
     if "site" in context.node_config:
-        return Path(str(context.node_config["site"]))
+        return SiteSettings.load(Path(str(context.node_config["site"])))
     if "partition-id" in context.node_config:
-        folders = sorted(path.parent for path in Path(str(context.run_config["run.sites"])).glob("*/site.toml"))
-        position = int(context.node_config["partition-id"])
-        if position < len(folders):
-            return folders[position]
+        return _simulated(context)
     raise SiteError("This node has no site folder.", "Start the node with --node-config \"site='FOLDER'\".")
+
+
+def _simulated(context: Context) -> SiteSettings:
+    """In Flower's own simulation the nodes have numbers only: node i is the i-th folder of images in ``run.sites``."""
+    data = Path(str(context.run_config["run.sites"]))
+    names = sorted(path.name for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+    position = int(context.node_config["partition-id"])
+    if position >= len(names):
+        raise SiteError(f"Expected a folder of images for every simulated node in {data}, found {len(names)}.")
+    name = names[position]
+    folder = Path(str(context.run_config["run.out"])) / "sites" / name
+    settings = SiteSettings.checked(
+        name=name, data=data / name, folder=folder, device=str(context.run_config["run.device"])
+    )
+    settings.save()
+    return settings

@@ -83,12 +83,12 @@ class GanConfig(Part):
     discriminator_width: int = Field(8, ge=4, le=256)
     discriminator_normalization: Literal["none", "group"] = "none"
     generator_learning_rate: float = Field(2e-4, gt=0, le=1)
-    discriminator_learning_rate: float = Field(2e-4, gt=0, le=1)
+    discriminator_learning_rate: float = Field(1e-3, gt=0, le=1)
     generator_batch_size: int = Field(64, ge=2, le=4096)
-    discriminator_steps_per_generator_step: int = Field(1, ge=1, le=1000)
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    discriminator_steps_per_generator_step: int = Field(3, ge=1, le=1000)
+    ema_decay: float = Field(0.95, ge=0, lt=1)
     warm_start: str = "none"
-    warm_start_steps: int = Field(600, ge=1, le=1_000_000)
+    warm_start_steps: int = Field(800, ge=1, le=1_000_000)
     warm_start_anatomy: Literal["brain", "skull_stripped_brain", "chest"] = "brain"
 
 
@@ -124,8 +124,8 @@ class FederationConfig(Part):
         if isinstance(value, str):
             pairs = [part.partition("=") for part in value.split(",") if part.strip()]
             contract = {name.strip(): count.strip() for name, _, count in pairs}
-            if len(contract) < len(pairs):
-                raise ValueError("a site is named twice")
+            if len(contract) < len(pairs) or not all(sign for _, sign, _ in pairs):
+                raise ValueError("expected name=count with a comma between, each site once")
             return contract
         return value
 

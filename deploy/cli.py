@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from common.errors import ConfigError, FederationError
 
-INTERRUPTED = 130
+DEFECT, INTERRUPTED = 1, 130
 EXAMPLES = """examples:
   synthward data phantom phantoms --sites 3 --patients 40   make three phantom hospitals
   synthward data check phantoms/site-1                      see what a site would accept and refuse
@@ -25,14 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the command; always exits."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    # Before torch is imported: threads that wait by spinning make a busy machine several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     try:
         options.run(options)
     except FederationError as error:
         _fail(str(error), error.exit_status, options.debug)
-    except KeyboardInterrupt:
-        _fail("Interrupted.", INTERRUPTED, debug=False)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "Interrupted.", INTERRUPTED, debug=False)
     except BrokenPipeError:  # `synthward ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -43,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             2,
             options.debug,
         )
+    except Exception as error:
+        text = f"Unexpected {type(error).__name__}: {error}. This is a defect of Synthward: report what --debug shows."
+        _fail(text, DEFECT, options.debug)
     sys.exit(0)
 
 
@@ -61,12 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=raw,
     )
-    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.set_defaults(debug=False)
+    _add_debug(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_data(commands)
     _add_simulate(commands)
     _add_generate(commands)
     return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    """``--debug`` is understood before and after the command."""
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback when something fails"
+    )
 
 
 # ---------------------------------------------------------------- data
@@ -87,6 +100,7 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     phantom.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="other seeds give other patients (default 0)"
     )
+    _add_debug(phantom)
     phantom.set_defaults(run=_data_phantom)
 
     check = parts.add_parser(
@@ -102,6 +116,7 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     check.add_argument("--record-is-patient", action="store_true", help="count every image as a patient of its own")
     check.add_argument("--json", action="store_true", help="print JSON")
+    _add_debug(check)
     check.set_defaults(run=_data_check)
 
 
@@ -151,6 +166,7 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     simulate.add_argument(
         "--record-is-patient", action="store_true", help="count every image as a patient; reports say so"
     )
+    _add_debug(simulate)
     simulate.set_defaults(run=_simulate)
 
 
@@ -168,15 +184,16 @@ def _simulate(options: argparse.Namespace) -> None:
     try:
         out = resume_run(options) if sources[0] == "resume" else new_run(options)
     except KeyboardInterrupt:
-        folder = options.resume or options.out
-        hint = (
-            f" Go on with: synthward simulate --resume {folder}"
-            if folder
-            else " Go on with --resume and the run's folder."
-        )
-        print(f"synthward: Interrupted; completed rounds are kept.{hint}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        raise KeyboardInterrupt(_after_interruption(options.resume or options.out)) from None
     print(out / "report.html")
+
+
+def _after_interruption(folder: Path | None) -> str:
+    from deploy.simulate import can_resume
+
+    if folder is None or not can_resume(folder):
+        return "Interrupted before training began; nothing was spent. Start again with another --out."
+    return f"Interrupted; completed rounds are kept. Go on with: synthward simulate --resume {folder}"
 
 
 # ---------------------------------------------------------------- generate
@@ -196,6 +213,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="other seeds give other images (default 0)"
     )
+    _add_debug(generate)
     generate.set_defaults(run=_generate)
 
 
@@ -209,14 +227,14 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 4294967295, found {text}")
     return value

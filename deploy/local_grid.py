@@ -5,7 +5,9 @@ in two places, both marked: the task identity that messages are stamped with, an
 """
 
 import threading
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from common import progress
 
 PULL_SECONDS = 0.3
 CLIENT_APP_RAISED = 2  # Flower's error code for a handler that raised
+MESSAGE_UNAVAILABLE = 5  # and for a message that was never handed over
 UserConfig = dict[str, str | int | float | bool]
 
 
@@ -40,8 +43,12 @@ class Watcher:
 
 @dataclass
 class _Node:
+    """A site: it handles one message at a time, and those that wait keep no thread from other sites."""
+
     context: Context
-    lock: threading.Lock = field(default_factory=threading.Lock)  # a node handles one message at a time
+    waiting: deque[tuple[Message, Future[Message]]] = field(default_factory=deque)
+    working: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the two above
 
 
 class LocalGrid(Grid):
@@ -108,7 +115,11 @@ class LocalGrid(Grid):
         for message in messages:
             message_id = uuid.uuid4().hex
             message.metadata.__dict__["_message_id"] = message_id  # private to Flower: a SuperLink would set it
-            self._futures[message_id] = self._pool.submit(self._deliver, message)
+            future = self._futures[message_id] = Future()
+            node = self._nodes[message.metadata.dst_node_id]
+            with node.lock:
+                node.waiting.append((message, future))
+            self._wake(node)
             ids.append(message_id)
         return ids
 
@@ -125,16 +136,37 @@ class LocalGrid(Grid):
         wait([self._futures[message_id] for message_id in ids], timeout)
         return self.pull_messages(ids)
 
-    def _deliver(self, message: Message) -> Message:
+    def _wake(self, node: _Node) -> None:
+        """Give the node's next message to a thread, unless the node is at work."""
+        with node.lock:
+            if node.working or not node.waiting:
+                return
+            message, future = node.waiting.popleft()
+            node.working = True
+        try:
+            self._pool.submit(self._work, node, message, future)
+        except RuntimeError:  # closed: nobody waits for the answer any more
+            future.cancel()
+
+    def _work(self, node: _Node, message: Message, future: Future[Message]) -> None:
+        try:
+            future.set_result(self._deliver(node, message))
+        except BaseException as error:
+            future.set_exception(error)
+        node.working = False
+        self._wake(node)
+
+    def _deliver(self, node: _Node, message: Message) -> Message:
         node_id, group = message.metadata.dst_node_id, message.metadata.group_id
-        node = self._nodes[node_id]
+        if time.time() > message.metadata.created_at + message.metadata.ttl:  # as a SuperLink does it
+            return Message(Error(MESSAGE_UNAVAILABLE, "expired"), reply_to=message)
 
         def stepped(done: int, total: int) -> None:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             self._watcher.stepped(node_id, done, total)
 
-        with node.lock, progress.listening(stepped):
+        with progress.listening(stepped):
             self._watcher.started(node_id, group)
             try:
                 return self._app(message, node.context)

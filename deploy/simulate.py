@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.app import INTERNAL_ERROR
+from client.log import site_log
 from client.settings import SiteSettings
 from common import progress
 from common.config import StudyConfig
-from common.errors import SiteError
+from common.errors import ConfigError, FederationError, SiteError
 from deploy.local_grid import LocalGrid, UserConfig
 from deploy.progress_bars import ProgressBars
 
@@ -42,49 +44,71 @@ def simulate(simulation: Simulation) -> None:
         KeyboardInterrupt: the user stopped it; it can be resumed.
     """
     with ProgressBars() as bars:
-        study, sites = _prepare_sites(simulation, bars)
+        study, refused = _prepare_sites(simulation, bars)
         study.save(simulation.out / STUDY_FILE)
-        _run(study, sites, simulation.out, simulation.device, resume=False, bars=bars)
+        _run(study, simulation.out, simulation.device, resume=False, refused=refused, bars=bars)
 
 
 def resume(out: Path, device: str) -> None:
     """Go on with a simulation from its last checkpoint. Raises like ``simulate``."""
+    if not can_resume(out):
+        raise ConfigError(
+            f"{out} holds no run to go on with: no {STUDY_FILE}, which is written when all data are checked.",
+            "Give the folder that --out of `synthward simulate` named, or start again with another --out.",
+        )
     study = StudyConfig.from_toml(out / STUDY_FILE)
-    sites = {name: SiteSettings.load((out / "sites" / name).resolve()) for name in study.federation.contracted_patients}
     with ProgressBars() as bars:
-        _run(study, sites, out, device, resume=True, bars=bars)
+        _run(study, out, device, resume=True, refused={}, bars=bars)
 
 
-def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyConfig, dict[str, SiteSettings]]:
-    """Make each site's folder, check its data, and write the contract into the study where it has none."""
-    from client.enrolment import prepare_data
+def can_resume(out: Path) -> bool:
+    """Whether a simulation in ``out`` came as far as its training."""
+    return (out / STUDY_FILE).exists()
 
+
+def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyConfig, dict[str, str]]:
+    """Make each site's folder, check its data, and write the contract into the study where it has none.
+
+    Returns the study with the contract of the sites that take part, and the code of each of the others.
+    """
     study = simulation.study
     contract = dict(study.federation.contracted_patients)
-    prepared: dict[str, SiteSettings] = {}
-    refused: list[str] = []
+    taking_part: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    reasons: list[str] = []
     for settings in simulation.sites:
         bars.say(f"checking the data of {settings.name}")
         settings.save()
         try:
-            num_patients = prepare_data(settings, study)
-        except SiteError as error:
-            refused.append(f"{settings.name}: {error}")
+            num_patients = _prepare(settings, study)
+        except Exception as error:  # one site's trouble does not end the run
+            refused[settings.name] = error.code if isinstance(error, FederationError) else INTERNAL_ERROR
+            reasons.append(f"{settings.name}: {error}")
             bars.say(f"{settings.name} takes no part: {error}")
             continue
-        contract.setdefault(settings.name, num_patients)
-        prepared[settings.name] = settings
-    if len(prepared) < study.federation.minimum_sites:
+        taking_part[settings.name] = contract.get(settings.name, num_patients)
+    if len(taking_part) < study.federation.minimum_sites:
         minimum = study.federation.minimum_sites
         raise SiteError(
-            f"Expected at least {minimum} sites with usable data, found {len(prepared)}. {' '.join(refused)}"
+            f"Expected at least {minimum} sites with usable data, found {len(taking_part)}. {' '.join(reasons)}"
         )
-    taking_part = {name: contract[name] for name in prepared}
-    return study.with_changes("federation", contracted_patients=taking_part), prepared
+    return study.with_changes("federation", contracted_patients=taking_part), refused
+
+
+def _prepare(settings: SiteSettings, study: StudyConfig) -> int:
+    """The site's number of patients, its data checked and prepared; why not stands in its log."""
+    from client.enrolment import prepare_data
+
+    with site_log(settings.folder) as log:
+        try:
+            return prepare_data(settings, study)
+        except Exception as error:
+            log.error("the site takes no part: %s", error)
+            raise
 
 
 def _run(
-    study: StudyConfig, sites: Mapping[str, SiteSettings], out: Path, device: str, *, resume: bool, bars: ProgressBars
+    study: StudyConfig, out: Path, device: str, *, resume: bool, refused: Mapping[str, str], bars: ProgressBars
 ) -> None:
     import torch
     from flwr.app import Context, RecordDict
@@ -94,13 +118,15 @@ def _run(
 
     run_config: UserConfig = {
         **study.to_run_config(),
-        "run.out": str(out),
+        "run.out": str(out.resolve()),
         "run.device": device,
         "run.resume": resume,
         "run.sites": "",
+        "run.refused_sites": ",".join(f"{name}={code}" for name, code in refused.items()),
     }
-    names = dict(enumerate(sites, start=2))  # Flower's node ids; 1 is the server
-    nodes: dict[int, UserConfig] = {node: {"site": str(sites[name].folder)} for node, name in names.items()}
+    names = dict(enumerate(study.federation.contracted_patients, start=2))  # Flower's node ids; 1 is the server
+    folder = (out / "sites").resolve()
+    nodes: dict[int, UserConfig] = {node: {"site": str(folder / name)} for node, name in names.items()}
     num_workers = max(1, min(len(nodes), os.cpu_count() or 1))
     # Sites train side by side and share the cores; the warm start before them has all of them.
     threads_each = max(1, torch.get_num_threads() // num_workers)

@@ -1,13 +1,16 @@
 """The coordinator's Flower app: reads the run's configuration and hands over to the study's flow."""
 
+import logging
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import StudyConfig
+from common.errors import ConfigError
 
 app = ServerApp()
+logger = logging.getLogger("synthward.server")
 
 
 @app.main()
@@ -19,9 +22,27 @@ def main(grid: Grid, context: Context) -> None:
 
     config = dict(context.run_config)
     out = Path(str(config["run.out"]))
+    if not out.is_absolute():
+        raise ConfigError(
+            f"run.out must be an absolute path, found {out}: Flower runs the app in a folder of its own.",
+            "Give it as in: flwr run . -c 'run.out=\"/home/me/runs/flwr\"'.",
+        )
     study = StudyConfig.from_run_config(config)
+    refused = dict(pair.split("=") for pair in str(config.get("run.refused_sites", "")).split(",") if pair)
     try:
-        run_study(study, FlowerChannel(grid), out, str(config["run.device"]), bool(config["run.resume"]))
-    finally:
+        run_study(study, FlowerChannel(grid), out, str(config["run.device"]), bool(config["run.resume"]), refused)
+    except BaseException:
+        _report_failure(out)
+        raise
+    write_report(out)
+
+
+def _report_failure(out: Path) -> None:
+    """A report of what there is; its own failure must not hide why the run failed."""
+    from server.report.page import write_report
+
+    try:
         if (out / "run.json").exists():
             write_report(out)
+    except Exception as error:
+        logger.error("the report could not be written: %s", error)

@@ -20,8 +20,11 @@ class Answer:
 class Channel(Protocol):
     """What a round needs: the nodes, and a question to some of them."""
 
-    def nodes(self, minimum: int, timeout_seconds: float) -> tuple[int, ...]:
-        """Node ids that are connected; waits for at least ``minimum``. Raises TooFewSurvivors after the timeout."""
+    def nodes(self, minimum: int, wanted: int, timeout_seconds: float) -> tuple[int, ...]:
+        """Node ids that are connected; waits for ``wanted``, and after the timeout is content with ``minimum``.
+
+        Raises TooFewSurvivors when there are fewer by then.
+        """
         ...
 
     def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> dict[int, Answer]:

@@ -11,7 +11,8 @@ from common.errors import FederationError, TooFewSurvivors
 from common.messages import Refusal, Reply, Request
 from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR, Answer
 
-POLL_SECONDS = 0.3
+NODES_POLL_SECONDS = 0.3
+MOST_POLL_SECONDS, POLL_SHARE = 1.0, 0.03
 
 
 class FlowerChannel:
@@ -24,19 +25,22 @@ class FlowerChannel:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    def nodes(self, minimum: int, timeout_seconds: float) -> tuple[int, ...]:
+    def nodes(self, minimum: int, wanted: int, timeout_seconds: float) -> tuple[int, ...]:
         """See Channel. Flower's grid is empty at the start, in its simulation too."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             nodes = tuple(sorted(self._grid.get_node_ids()))
-            if len(nodes) >= minimum:
+            if len(nodes) >= wanted:
                 return nodes
             if time.monotonic() > deadline:
-                raise TooFewSurvivors(
-                    f"Expected at least {minimum} connected sites, found {len(nodes)} after {timeout_seconds:.0f} s.",
-                    "Start the missing sites, or lower federation.minimum_sites.",
-                )
-            time.sleep(POLL_SECONDS)
+                break
+            time.sleep(NODES_POLL_SECONDS)
+        if len(nodes) < minimum:
+            raise TooFewSurvivors(
+                f"Expected at least {minimum} connected sites, found {len(nodes)} after {timeout_seconds:.0f} s.",
+                "Start the missing sites, or lower federation.minimum_sites.",
+            )
+        return nodes
 
     def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> dict[int, Answer]:
         """See Channel. Replies are mapped by the message they answer: an absent node's error has another id."""
@@ -53,8 +57,8 @@ class FlowerChannel:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
                     answers[node] = Answer(_reply(message), time.monotonic() - start)
-            if len(waiting) == before:
-                time.sleep(POLL_SECONDS)
+            if len(waiting) == before:  # the longer the sites work, the less often they are asked
+                time.sleep(min(MOST_POLL_SECONDS, max(0.01, POLL_SHARE * (time.monotonic() - start))))
         for node in waiting.values():
             answers[node] = Answer(Refusal(NO_ANSWER), timeout_seconds)
         return answers

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +63,13 @@ class WarmStartRecord(Record):
 
 
 class RunRecord(Record):
-    """``run.json``."""
+    """``run.json``. ``started`` and ``finished`` are UTC; ``finished`` is None while the run goes on."""
 
     schema_version: Literal[1] = 1
     status: Literal["running", "completed", "interrupted", "failed"] = "running"
     error: str = ""
+    started: str = ""
+    finished: str | None = None
     study: dict[str, Any]
     study_digest: str
     private: bool
@@ -130,18 +133,27 @@ def set_epsilon(site: SiteRecord, accountant: Literal["prv", "rdp"]) -> None:
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:
-    """Add one JSON line to ``metrics.jsonl``."""
-    with (folder / METRICS_FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add one JSON line to ``metrics.jsonl``, in place of an incomplete last one (the run was killed in the middle)."""
+    path = folder / METRICS_FILE
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(line) + "\n").encode())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of ``metrics.jsonl``; a round that was run twice after a resume counts once, the last time."""
+    """All complete lines of ``metrics.jsonl``; a round that was run twice after a resume counts once, the last time."""
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    lines = [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
+    complete = path.read_bytes().split(b"\n")[:-1]
+    lines = [json.loads(text) for text in complete if text.strip()]
     return [line for _, line in sorted({line["round"]: line for line in lines}.items())]
+
+
+def now() -> str:
+    """The time of day in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

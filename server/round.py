@@ -1,4 +1,4 @@
-"""The server's flow of one round: shared state out, local training, updates back, new shared state."""
+"""The server's flow of one round: shared state out, local training, updates back."""
 
 import logging
 from dataclasses import dataclass
@@ -8,60 +8,59 @@ import numpy as np
 from common.config import StudyConfig
 from common.errors import TooFewSurvivors
 from common.messages import LocalUpdate, Refusal, Reply, TrainRequest
-from server.aggregation import GanState, aggregate
-from server.channel import MALFORMED, Answer, Channel
+from server.aggregation import GanState
+from server.channel import MALFORMED, Channel
 
 logger = logging.getLogger("synthward.server")
 
 
 @dataclass(frozen=True)
-class RoundResult:
-    """What one round left.
+class RoundAnswers:
+    """What came back in one round.
 
     Args:
-        state: the new shared state.
-        updates: by site, what came back and was used.
-        refusals: by site, the code of those who took no part this round.
+        updates: by site, what can be used.
+        refusals: by site, the code of those who take no part this round.
         seconds: by site, wall-clock until the answer.
     """
 
-    state: GanState
     updates: dict[str, LocalUpdate]
     refusals: dict[str, str]
     seconds: dict[str, float]
 
 
-def run_round(study: StudyConfig, channel: Channel, sites: dict[int, str], state: GanState) -> RoundResult:
-    """Ask every site for one round of local training and combine what comes back.
+def ask_sites(study: StudyConfig, channel: Channel, sites: dict[int, str], state: GanState) -> RoundAnswers:
+    """Ask every site for one round of local training from ``state``.
 
     A site that fails, refuses, is late or sends a wrong shape is left out of this round and asked again in the next.
 
     Args:
         sites: enrolled sites, name by node id.
-
-    Raises:
-        TooFewSurvivors: fewer usable updates than ``federation.minimum_sites``; the state is unchanged.
     """
     number = state.round + 1
     request = TrainRequest(study.digest, number, state.generator, state.discriminator)
     answers = channel.ask(dict.fromkeys(sites, request), str(number), study.federation.round_timeout_seconds)
     updates: dict[str, LocalUpdate] = {}
     refusals: dict[str, str] = {}
-    for node, answer in answers.items():
+    for node, answer in sorted(answers.items()):
         usable = _usable(answer.reply, number, state)
         if isinstance(usable, LocalUpdate):
             updates[sites[node]] = usable
         else:
             refusals[sites[node]] = usable.code
             logger.warning("round %d: site %s takes no part: %s", number, sites[node], usable.code)
-    if len(updates) < study.federation.minimum_sites:
-        codes = ", ".join(f"{site}: {code}" for site, code in sorted(refusals.items()))
+    return RoundAnswers(updates, refusals, {sites[node]: answer.seconds for node, answer in answers.items()})
+
+
+def check_survivors(study: StudyConfig, number: int, answers: RoundAnswers) -> None:
+    """Raise TooFewSurvivors when fewer updates came than ``federation.minimum_sites``."""
+    if len(answers.updates) < study.federation.minimum_sites:
+        codes = ", ".join(f"{site}: {code}" for site, code in sorted(answers.refusals.items()))
         raise TooFewSurvivors(
-            f"Round {number} needs updates of at least {study.federation.minimum_sites} sites, got {len(updates)}"
-            f" ({codes or 'no site enrolled'}).",
+            f"Round {number} needs updates of at least {study.federation.minimum_sites} sites,"
+            f" got {len(answers.updates)} ({codes or 'no site enrolled'}).",
             "Look into the log in the folders of the sites that are named, then resume the run.",
         )
-    return RoundResult(aggregate(study, state, updates), updates, refusals, _seconds(answers, sites))
 
 
 def _usable(reply: Reply, number: int, state: GanState) -> LocalUpdate | Refusal:
@@ -75,7 +74,3 @@ def _usable(reply: Reply, number: int, state: GanState) -> LocalUpdate | Refusal
         and bool(np.isfinite(reply.generator).all() and np.isfinite(reply.discriminator).all())
     )
     return reply if fits and isinstance(reply, LocalUpdate) else Refusal(MALFORMED)
-
-
-def _seconds(answers: dict[int, Answer], sites: dict[int, str]) -> dict[str, float]:
-    return {sites[node]: answer.seconds for node, answer in answers.items()}

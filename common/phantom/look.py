@@ -56,7 +56,8 @@ PUBLIC_STRIPPED_LOOK = replace(
 
 
 def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
-    """A hospital's look: visibly but modestly different from the public one.
+    """A hospital's look. All hospitals image with fat saturation, brighter fluid and less contrast of grey and white
+    matter than the public phantoms have, so that their patients have something to teach; each scanner differs a little.
 
     Args:
         seed: any integer of 0 or more; equal seeds give equal looks.
@@ -74,9 +75,9 @@ def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
     return replace(
         base,
         wm=base.wm * float(rng.uniform(0.92, 1.06)),
-        gm=base.gm * float(rng.uniform(0.78, 1.16)),
-        csf=base.csf * float(rng.uniform(0.5, 1.8)),
-        fat=base.fat * float(rng.uniform(0.92, 1.15)),
+        gm=base.gm * float(rng.uniform(1.05, 1.25)),
+        csf=base.csf * float(rng.uniform(1.5, 2.5)),
+        fat=base.fat * float(rng.uniform(0.4, 0.55)),
         noise_stddev=float(rng.uniform(0.012, 0.05)),
         bias_strength=float(rng.uniform(0.05, 0.22)),
         centre_gain=base.centre_gain + float(rng.uniform(-0.1, 0.1)),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Error asked of PRV: a share of epsilon between two bounds, the lower one for memory. It is an upper bound in any case.
+# Error asked of PRV: a share of epsilon between two bounds. The lower one, and its share of RDP's figure, bound memory.
 RELATIVE_ERROR = 0.003
 ABSOLUTE_ERROR = 0.01
 SMALLEST_ERROR = 5e-5
@@ -61,10 +61,17 @@ def num_steps(history: Iterable[Mechanism]) -> int:
 def epsilon(history: History, delta: float) -> float:
     """Epsilon at ``delta`` of the composition of ``history``, by PRV: the figure to report. 0 for an empty history.
 
-    **Guarantee.** An upper bound, at most 1 % above the true epsilon (1e-4 at a tiny one): PRV's own upper end, or
-    RDP's figure where PRV has none (an epsilon of many hundreds).
+    **Guarantee.** An upper bound, at most 1 % above the true epsilon (1e-4 at a tiny one, and 1e-4 of RDP's figure
+    where that lies far above): PRV's own upper end, or RDP's figure where PRV has none (an epsilon of many hundreds).
     """
-    return _prv_epsilon(_merged(history), delta) if history else 0.0
+    history = _merged(history)
+    rough = found = rdp_epsilon(history, delta)
+    smallest, error = SMALLEST_ERROR * max(1.0, rough), math.inf
+    # RDP can lie many times above PRV; the error is then too coarse for the figure, and a second look is due.
+    while (wanted := max(smallest, min(ABSOLUTE_ERROR, RELATIVE_ERROR * found))) < 0.8 * error:
+        error = wanted
+        found = _prv_epsilon(history, delta, error)
+    return found
 
 
 def rdp_epsilon(history: History, delta: float) -> float:
@@ -81,7 +88,12 @@ def calibrate(*, epsilon_target: float, delta: float, sampling_probability: floa
     """
     from scipy.optimize import brentq
 
-    def excess(log_noise: float, accountant: Accountant = epsilon) -> float:
+    error = min(ABSOLUTE_ERROR, RELATIVE_ERROR * epsilon_target)
+
+    def near(history: History, delta: float) -> float:
+        return _prv_epsilon(history, delta, error)
+
+    def excess(log_noise: float, accountant: Accountant = near) -> float:
         mechanism = Mechanism(sampling_probability, math.exp(log_noise), steps)
         return math.log(max(accountant((mechanism,), delta), 1e-12) / epsilon_target)
 
@@ -97,7 +109,7 @@ def calibrate(*, epsilon_target: float, delta: float, sampling_probability: floa
     while low > lowest and excess(low) <= 0:
         low, high = max(lowest, low - math.log(1.3)), low
     root = float(brentq(excess, low, high, xtol=5e-4)) if excess(low) > 0 else low
-    while excess(root) > 0:
+    while excess(root, epsilon) > 0:
         root += 5e-4
     return math.exp(root)
 
@@ -115,7 +127,8 @@ def _merged(history: History) -> History:
 
 
 @lru_cache(maxsize=4096)
-def _prv_epsilon(history: History, delta: float) -> float:
+def _prv_epsilon(history: History, delta: float, error: float) -> float:
+    """PRV's upper end, or RDP's where it is lower: PRV has none at an epsilon of 0 or of many hundreds."""
     from opacus.accountants import PRVAccountant
 
     rough = rdp_epsilon(history, delta)
@@ -123,16 +136,11 @@ def _prv_epsilon(history: History, delta: float) -> float:
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_probability, m.steps) for m in history]
-    found, error = rough, math.inf
     with _LOCK, warnings.catch_warnings():
         # q = 1 has log(1 - q) = -inf, which the accountant handles and numpy remarks on.
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.filterwarnings("ignore", message="Optimal order is the")
-        # RDP can lie several times above PRV; the error is then too coarse for the figure, and a second look is due.
-        while (wanted := max(SMALLEST_ERROR, min(ABSOLUTE_ERROR, RELATIVE_ERROR * found))) < 0.8 * error:
-            error = wanted
-            found = min(rough, float(accountant.get_epsilon(delta, eps_error=error)))
-    return found
+        return min(rough, float(accountant.get_epsilon(delta, eps_error=error)))
 
 
 @lru_cache(maxsize=4096)

@@ -60,6 +60,6 @@ def check_delta(delta: float, num_patients: int) -> None:
     """Refuse a delta above 1 / (10 patients): it would allow one patient in ten cohorts to be exposed."""
     if delta > 1 / (10 * num_patients):
         raise PrivacyError(
-            f"delta={delta:g} is too large for {num_patients} patients: at most {1 / (10 * num_patients):.1e} is allowed.",
+            f"Expected delta at most {1 / (10 * num_patients):.1e} for {num_patients} patients, found {delta:g}.",
             "Lower privacy.delta in the study.",
         )

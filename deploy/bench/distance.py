@@ -1,7 +1,7 @@
 """Frechet distance between two sets of images on random features: no downloaded network, the same for everyone.
 
 The features are those of two untrained convolution layers at three scales, averages and squares on a 4x4 grid,
-projected to 256 numbers. Lower is better; two independent samples of one distribution of a few thousand images score below 1.
+projected to 256 numbers. Lower is better; two samples of one distribution, 2000 images each, score about 0.02.
 """
 
 import numpy as np

@@ -1,0 +1,63 @@
+"""A small site in memory: bright and dark patients, a study of three rounds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.data.slices import PreparedCohort
+from client.training import SiteStudy
+from common.config import StudyConfig
+from common.gan.networks import build_discriminator, build_generator, num_parameters
+from common.messages import TrainRequest
+
+IMAGES = (1, 4, 2, 9, 1, 3, 2, 1)  # of each patient
+
+
+def study_of(**tables: dict[str, Any]) -> StudyConfig:
+    """Two steps a round, three rounds; q = 1 keeps the calibration quick."""
+    tree: dict[str, dict[str, Any]] = {
+        "image": {"size": 28},
+        "gan": {
+            "latent_size": 4,
+            "generator_width": 4,
+            "discriminator_width": 4,
+            "generator_batch_size": 4,
+            "generator_learning_rate": 2e-4,
+            "discriminator_learning_rate": 2e-4,
+            "discriminator_steps_per_generator_step": 1,
+        },
+        "privacy": {"epsilon": 5.0, "sampling_probability": 1.0, "images_per_patient": 3},
+        "federation": {
+            "rounds": 3,
+            "local_steps": 2,
+            "minimum_patients": 1,
+            "contracted_patients": {"north": 11, "south": 11},
+        },
+    }
+    for name, changes in tables.items():
+        tree[name] = {**tree.get(name, {}), **changes}
+    return StudyConfig.model_validate(tree)
+
+
+def cohort_of(counts: tuple[int, ...] = IMAGES, size: int = 28) -> PreparedCohort:
+    """Every pixel of patient i is 20 i + 10, so that whose image it is can be read."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    images = np.broadcast_to((20 * owner + 10).astype(np.uint8)[:, None, None, None], (len(owner), 1, size, size))
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    names = tuple(f"patient-{index}" for index in range(len(counts)))
+    return PreparedCohort(images, np.zeros(len(owner), np.int64), names, starts, ())
+
+
+def site_of(folder: Path, study: StudyConfig | None = None, cohort: PreparedCohort | None = None) -> SiteStudy:
+    return SiteStudy(study or study_of(), "north", folder, cohort or cohort_of(), 8, "cpu")
+
+
+def request_of(study: StudyConfig, round_number: int = 1, seed: int = 0) -> TrainRequest:
+    """Ask for a round from a random shared state."""
+    random = np.random.default_rng(seed)
+    vectors = [
+        (0.1 * random.normal(size=num_parameters(build, study))).astype(np.float32)
+        for build in (build_generator, build_discriminator)
+    ]
+    return TrainRequest(study.digest, round_number, *vectors)

@@ -1,0 +1,265 @@
+"""From Flower message to Flower message: phantom patients in, updates or bare codes out.
+
+A marker is planted in every text that could name a patient; no byte of any reply may hold it.
+"""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import app, enrolment, training
+from client.accountant import SiteAccountant
+from client.enrolment import open_study
+from client.settings import SiteSettings
+from common import wire
+from common.config import StudyConfig
+from common.errors import BadPeer, BudgetExhausted, ConfigError, PrivacyError, SiteError, TooFewSurvivors
+from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request
+from common.privacy.accounting import num_steps
+from deploy.phantoms import write_bids
+from tests.client.sites import request_of, study_of
+
+MARKER = "Zebra4711"
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("phantoms")
+    write_bids(folder, sites=2, patients=12, seed=1, shape=(24, 24, 12))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def flower() -> Iterator[None]:
+    """Flower makes messages only inside a task."""
+    before = {name: vars(TaskIdentity)[name] for name in ("_task_id", "_run_id", "_node_id")}
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    yield
+    for name, value in before.items():
+        setattr(TaskIdentity, name, value)
+
+
+def site_at(folder: Path, phantoms: Path, name: str = "north", number: int = 1) -> Path:
+    """A site's folder over its own copy of the phantom patients, whose folder names hold the marker."""
+    data = folder / f"{MARKER}-{name}"
+    shutil.copytree(phantoms / f"site-{number}", data)
+    settings = SiteSettings(name=name, data=data, folder=folder / f"site-{name}", device="cpu")
+    settings.save()
+    return settings.folder
+
+
+def ask(
+    site: Path | None, study: StudyConfig, request: Request | RecordDict, node: dict[str, Any] | None = None
+) -> tuple[Reply, bytes]:
+    """The reply of the site's app, and all its bytes on the wire."""
+    content = request if isinstance(request, RecordDict) else wire.pack(request)
+    kind = "query.enrol" if isinstance(request, EnrolRequest) else "train.local_round"
+    message = Message(content, 1, kind)
+    message.metadata.__dict__["_message_id"] = "1"  # private to Flower: a SuperLink would set it
+    config = {"site": str(site)} if site is not None else node or {}
+    context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config=study.to_run_config())
+    reply = app.app(message, context)
+    assert not reply.has_error()
+    return wire.unpack(reply.content), message_to_proto(reply).SerializeToString()  # type: ignore[return-value]
+
+
+def log_of(site: Path) -> str:
+    return (site / "site.log").read_text()
+
+
+def test_a_site_enrols_and_trains_until_its_budget_is_spent(tmp_path: Path, phantoms: Path) -> None:
+    study, site = study_of(), site_at(tmp_path, phantoms)
+    enrolled, _ = ask(site, study, EnrolRequest(study.digest))
+    assert isinstance(enrolled, Enrolment)
+    assert (enrolled.site, enrolled.record_is_patient) == ("north", False)
+    assert len(enrolled.holdout_commitment) == 64
+    for round_number in (1, 2, 3):
+        update, packed = ask(site, study, request_of(study, round_number, seed=round_number))
+        assert isinstance(update, LocalUpdate)
+        assert num_steps(update.history) == 2 * round_number
+        assert np.isfinite(update.generator).all() and (update.generator != 0).any()
+        assert MARKER.encode() not in packed
+    refused, _ = ask(site, study, request_of(study, 4, seed=4))
+    assert refused == Refusal("budget_exhausted")
+    assert "6 steps" in log_of(site)
+
+
+def test_what_leaves_in_an_enrolment_does_not_depend_on_the_patients(tmp_path: Path, phantoms: Path) -> None:
+    study, site = study_of(), site_at(tmp_path, phantoms)
+    first, packed = ask(site, study, EnrolRequest(study.digest))
+    assert MARKER.encode() not in packed
+    data = SiteSettings.load(site).data
+    shutil.rmtree(next(data.glob("sub-*")))
+    second, _ = ask(site, study, EnrolRequest(study.digest))
+    assert first == second
+
+
+def test_training_uses_the_training_patients_only(tmp_path: Path, phantoms: Path) -> None:
+    study, site = study_of(), site_at(tmp_path, phantoms)
+    ask(site, study, EnrolRequest(study.digest))
+    at = open_study(SiteSettings.load(site), study)
+    held_out = enrolment.slices.reopen(site / enrolment.PREPARED, name=enrolment.HELD_OUT)
+    assert set(at.cohort.patient_ids).isdisjoint(held_out.patient_ids)
+    assert len(at.cohort.patient_ids) + len(held_out.patient_ids) == 12
+    assert at.num_patients == 8  # 11 by contract, 3 of them held out: 0.3 x 11 = 3.3
+
+
+def test_a_site_that_never_enrolled_refuses_to_train(tmp_path: Path, phantoms: Path) -> None:
+    study, site = study_of(), site_at(tmp_path, phantoms)
+    refused, _ = ask(site, study, request_of(study))
+    assert refused == Refusal("site")
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    return fail
+
+
+TEXT = f"{MARKER}: sub-{MARKER} in /data/{MARKER}.nii.gz, 17 patients"
+ERRORS = [
+    (SiteError(TEXT, TEXT), "site"),
+    (PrivacyError(TEXT), "privacy"),
+    (BudgetExhausted(TEXT), "budget_exhausted"),
+    (ConfigError(TEXT), "config"),
+    (BadPeer(TEXT), "bad_peer"),
+    (TooFewSurvivors(TEXT), "too_few_survivors"),
+    (OSError(28, TEXT, f"/data/{MARKER}"), "internal"),
+    (FileNotFoundError(2, TEXT, f"/data/{MARKER}"), "internal"),
+    (KeyError(MARKER), "internal"),
+    (ValueError(TEXT), "internal"),
+    (RuntimeError(TEXT), "internal"),
+    (MemoryError(TEXT), "internal"),
+    (AssertionError(TEXT), "internal"),
+    (UnicodeDecodeError("utf-8", MARKER.encode(), 0, 1, TEXT), "internal"),
+    (ExceptionGroup(TEXT, [ValueError(TEXT)]), "internal"),
+    (type(MARKER, (Exception,), {})(TEXT), "internal"),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
+@pytest.mark.parametrize("handler", ["enrol", "train"])
+def test_every_error_leaves_as_a_bare_code(
+    error: BaseException, code: str, handler: str, tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, site = study_of(), tmp_path / "site"
+    SiteSettings(name="north", data=tmp_path / MARKER, folder=site, device="cpu").save()
+    monkeypatch.setattr(enrolment, "enrol", raising(error))
+    monkeypatch.setattr(enrolment, "open_study", raising(error))
+    request = EnrolRequest(study.digest) if handler == "enrol" else request_of(study)
+    reply, packed = ask(site, study, request)
+    assert reply == Refusal(code)
+    assert MARKER.encode() not in packed
+    assert MARKER in log_of(site)  # the site's own engineer sees the reason
+
+
+def test_an_error_within_training_leaves_as_a_bare_code(
+    tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, site = study_of(), site_at(tmp_path, phantoms)
+    ask(site, study, EnrolRequest(study.digest))
+    monkeypatch.setattr(training, "_draw", raising(IndexError(TEXT)))
+    reply, packed = ask(site, study, request_of(study))
+    assert reply == Refusal("internal")
+    assert MARKER.encode() not in packed
+    assert num_steps(SiteAccountant(open_study(SiteSettings.load(site), study).folder, study.digest).history) == 2
+
+
+@pytest.mark.parametrize("message", ["enrol", "train"])
+def test_a_message_of_another_study_is_refused(message: str, tmp_path: Path) -> None:
+    study, site = study_of(), tmp_path / "site"
+    SiteSettings(name="north", data=tmp_path, folder=site, device="cpu").save()
+    other = study.with_changes("privacy", epsilon=6.0)
+    reply, _ = ask(site, study, EnrolRequest(other.digest) if message == "enrol" else request_of(other))
+    assert reply == Refusal("bad_peer")
+
+
+def test_a_message_for_the_other_handler_or_malformed_is_refused(tmp_path: Path) -> None:
+    study, site = study_of(), tmp_path / "site"
+    SiteSettings(name="north", data=tmp_path, folder=site, device="cpu").save()
+    for content in (wire.pack(EnrolRequest(study.digest)), wire.pack(Refusal("site")), RecordDict()):
+        assert ask(site, study, content)[0] == Refusal("bad_peer")
+
+
+def test_a_study_without_a_contract_for_the_site_is_refused(tmp_path: Path) -> None:
+    study, site = study_of(), tmp_path / "site"
+    SiteSettings(name="elsewhere", data=tmp_path, folder=site, device="cpu").save()
+    assert ask(site, study, EnrolRequest(study.digest))[0] == Refusal("config")
+
+
+def test_too_few_patients_refuse_without_their_number(tmp_path: Path, phantoms: Path) -> None:
+    study = study_of(federation={"minimum_patients": 13})
+    site = site_at(tmp_path, phantoms)
+    assert ask(site, study, EnrolRequest(study.digest))[0] == Refusal("site")
+    assert "found 12" in log_of(site)
+
+
+@pytest.mark.parametrize("content", [None, "name = ", f'name = "{MARKER} x"\ndata = "{MARKER}"'])
+def test_a_missing_or_wrong_site_folder_is_refused(content: str | None, tmp_path: Path) -> None:
+    site = tmp_path / MARKER
+    if content is not None:
+        site.mkdir()
+        (site / "site.toml").write_text(content)
+    study = study_of()
+    reply, packed = ask(site, study, EnrolRequest(study.digest))
+    assert reply == Refusal("site")
+    assert MARKER.encode() not in packed
+
+
+def test_a_node_without_a_site_is_refused() -> None:
+    study = study_of()
+    assert ask(None, study, EnrolRequest(study.digest))[0] == Refusal("site")
+
+
+@pytest.mark.parametrize("obstacle", ["log", "settings", "simulation"])
+def test_errors_before_and_outside_the_handler_leave_as_a_bare_code(
+    obstacle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, site = study_of(), tmp_path / MARKER
+    SiteSettings(name="elsewhere", data=tmp_path, folder=site, device="cpu").save()
+    node: dict[str, Any] = {"site": str(site)}
+    match obstacle:
+        case "log":  # the disk is full or the log belongs to somebody else
+            (site / "site.log").mkdir()
+        case "settings":
+            monkeypatch.setattr(SiteSettings, "load", raising(RuntimeError(TEXT)))
+        case "simulation":  # a run configuration without run.sites
+            node = {"partition-id": 0}
+    try:
+        reply, packed = ask(None, study, EnrolRequest(study.digest), node)
+    except Exception as error:
+        pytest.fail(f"{type(error).__name__} would reach the server with its text: {error}")
+    assert isinstance(reply, Refusal)
+    assert MARKER.encode() not in packed
+
+
+def test_two_sites_in_two_threads_keep_their_logs_apart(tmp_path: Path, phantoms: Path) -> None:
+    study = study_of()
+    sites = {name: site_at(tmp_path, phantoms, name, number) for number, name in ((1, "north"), (2, "south"))}
+    replies: dict[str, list[Reply]] = {name: [] for name in sites}
+
+    def work(name: str) -> None:
+        replies[name].append(ask(sites[name], study, EnrolRequest(study.digest))[0])
+        replies[name].append(ask(sites[name], study, request_of(study))[0])
+        replies[name].append(ask(sites[name], study, EnrolRequest("another"))[0])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in sites]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, site in sites.items():
+        assert [type(reply) for reply in replies[name]] == [Enrolment, LocalUpdate, Refusal]
+        log = log_of(site)
+        assert log.count("accepted 12 records") == 1
+        assert log.count("round 1: 2 steps") == 1
+        assert log.count("bad_peer") == 1

@@ -1,0 +1,296 @@
+"""One round at a site: charged first, trained from the shared state, answered again for nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client import training
+from client.accountant import FILE_NAME, SiteAccountant
+from client.training import STATE_FILE, train_round
+from common import progress
+from common.errors import BudgetExhausted, PrivacyError
+from common.gan.training import GanTrainer, RealBatch
+from common.messages import LocalUpdate
+from common.privacy.accounting import epsilon, num_steps
+from common.privacy.plan import make_plan
+from tests.client.sites import IMAGES, cohort_of, request_of, site_of, study_of
+
+
+def spent(folder: Path) -> int:
+    return num_steps(SiteAccountant(folder, study_of().digest).history)
+
+
+def assert_same(one: LocalUpdate, other: LocalUpdate) -> None:
+    np.testing.assert_array_equal(one.generator, other.generator)
+    np.testing.assert_array_equal(one.discriminator, other.discriminator)
+    assert (one.round, one.history) == (other.round, other.history)
+
+
+def test_a_round_returns_both_differences_and_what_it_cost(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    request = request_of(at.study)
+    update = train_round(at, request)
+    plan = make_plan(at.study)
+    assert plan is not None
+    assert update.round == 1
+    assert [(m.sampling_probability, m.noise_multiplier, m.steps) for m in update.history] == [
+        (1.0, plan.mechanism.noise_multiplier, 2)
+    ]
+    for difference, shared in ((update.generator, request.generator), (update.discriminator, request.discriminator)):
+        assert difference.shape == shared.shape
+        assert difference.dtype == np.float32
+        assert np.isfinite(difference).all()
+        assert (difference != 0).mean() > 0.9
+        assert abs(difference).max() < 0.01  # two Adam steps at 2e-4
+
+
+def test_the_charge_is_on_disk_before_the_first_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def stop(self: GanTrainer, real: RealBatch) -> None:
+        seen.append(spent(tmp_path))
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(GanTrainer, "discriminator_step", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train_round(site_of(tmp_path), request_of(study_of()))
+    assert seen == [2]
+    assert spent(tmp_path) == 2
+
+
+def test_the_charge_is_on_disk_before_a_patient_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    draw = training._draw
+    monkeypatch.setattr(training, "_draw", lambda at: (seen.append(spent(tmp_path)), draw(at))[1])
+    train_round(site_of(tmp_path), request_of(study_of()))
+    assert seen == [2, 2]
+
+
+@pytest.mark.parametrize("fails", ["os.replace", "os.fsync"])
+def test_a_charge_that_cannot_be_written_means_no_training(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    steps: list[int] = []
+    monkeypatch.setattr(GanTrainer, "discriminator_step", lambda self, real: steps.append(1))
+    monkeypatch.setattr(fails, fail)
+    with pytest.raises(OSError, match="disk full"):
+        train_round(site_of(tmp_path), request_of(study_of()))
+    assert steps == []
+
+
+def test_a_round_of_as_many_steps_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"discriminator": 0, "generator": 0}
+    for name in counts:
+        original: Any = getattr(GanTrainer, f"{name}_step")
+
+        def counting(self: GanTrainer, *arguments: Any, name: str = name, original: Any = original) -> Any:
+            counts[name] += 1
+            return original(self, *arguments)
+
+        monkeypatch.setattr(GanTrainer, f"{name}_step", counting)
+    study = study_of(gan={"discriminator_steps_per_generator_step": 2})
+    train_round(site_of(tmp_path, study), request_of(study))
+    assert counts == {"discriminator": 2, "generator": 1}
+
+
+def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    for round_number in (1, 2, 3):
+        update = train_round(at, request_of(at.study, round_number))
+        assert num_steps(update.history) == 2 * round_number
+    with pytest.raises(BudgetExhausted, match="6 steps"):
+        train_round(at, request_of(at.study, 4))
+    assert spent(tmp_path) == 6
+    assert epsilon(update.history, at.study.privacy.delta) <= at.study.privacy.epsilon
+
+
+def test_a_repeated_request_is_answered_again_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = site_of(tmp_path)
+    request = request_of(at.study)
+    first = train_round(at, request)
+    before = (tmp_path / FILE_NAME).read_bytes()
+    monkeypatch.setattr(GanTrainer, "discriminator_step", None)
+    assert_same(train_round(at, request), first)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_a_repeated_request_is_answered_even_when_all_is_spent(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    for round_number in (1, 2, 3):
+        request = request_of(at.study, round_number)
+        last = train_round(at, request)
+    assert_same(train_round(at, request), last)
+
+
+@pytest.mark.parametrize("change", ["round", "state"])
+def test_another_round_or_state_is_trained_and_charged(change: str, tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    first = train_round(at, request_of(at.study))
+    second = train_round(at, request_of(at.study, 2) if change == "round" else request_of(at.study, 1, seed=1))
+    assert num_steps(second.history) == 4
+    assert (first.discriminator != second.discriminator).any()
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_interrupted_rounds_never_cost_more_than_the_plan(stopped_after: int, tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+
+    def stop(done: int, total: int) -> None:
+        if done == stopped_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), progress.listening(stop):
+        train_round(at, request_of(at.study, 1))
+    assert spent(tmp_path) == 2  # over-counted when stopped early, never under-counted
+    assert not (tmp_path / STATE_FILE).exists()
+    train_round(at, request_of(at.study, 1))
+    assert spent(tmp_path) == 4
+    train_round(at, request_of(at.study, 2))
+    assert spent(tmp_path) == 6
+    with pytest.raises(BudgetExhausted):
+        train_round(at, request_of(at.study, 3))
+    assert spent(tmp_path) == 6
+
+
+def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 5 of 6 steps are spent: a round of two becomes a round of one.
+    at = site_of(tmp_path)
+    plan = make_plan(at.study)
+    assert plan is not None
+    accountant = SiteAccountant(tmp_path, at.study.digest)
+    accountant.charge(type(plan.mechanism)(1.0, plan.mechanism.noise_multiplier, 5))
+    reports: list[tuple[int, int]] = []
+    with progress.listening(lambda done, total: reports.append((done, total))):
+        update = train_round(at, request_of(at.study))
+    assert reports == [(1, 1)]
+    assert num_steps(update.history) == 6
+
+
+def test_a_lost_accountant_stops_the_site(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    train_round(at, request_of(at.study, 1))
+    (tmp_path / FILE_NAME).unlink()
+    for request in (request_of(at.study, 1), request_of(at.study, 2)):
+        with pytest.raises(PrivacyError, match="no accountant"):
+            train_round(at, request)
+    assert not (tmp_path / FILE_NAME).exists()
+
+
+def test_a_damaged_accountant_stops_the_site(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("{")
+    with pytest.raises(PrivacyError):
+        train_round(site_of(tmp_path), request_of(study_of()))
+
+
+def test_a_delta_too_large_for_the_site_stops_it_before_it_spends(tmp_path: Path) -> None:
+    study = study_of(privacy={"delta": 0.009, "epsilon": 5.0, "sampling_probability": 1.0})
+    at = training.SiteStudy(study, "north", tmp_path, cohort_of(), 12, "cpu")
+    with pytest.raises(PrivacyError, match="delta"):
+        train_round(at, request_of(study))
+    assert not (tmp_path / FILE_NAME).exists()
+
+
+def test_a_state_of_another_shape_changes_nothing_but_the_charge(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    request = request_of(study_of(gan={"latent_size": 5}))
+    with pytest.raises(ValueError, match="parameters"):
+        train_round(at, request)
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_two_sites_with_one_study_seed_differ_in_noise_only(tmp_path: Path) -> None:
+    # Equal seed, cohort (all drawn at q = 1, one image each) and shared state: what differs is the noise.
+    updates = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        at = site_of(tmp_path / name, cohort=cohort_of((1,) * 8))
+        updates.append(train_round(at, request_of(at.study)))
+    assert (updates[0].discriminator != updates[1].discriminator).mean() > 0.3
+    assert (updates[0].generator != updates[1].generator).any()
+
+
+def test_without_privacy_nothing_is_charged_and_everything_repeats(tmp_path: Path) -> None:
+    study = study_of(privacy={"enabled": False, "sampling_probability": 1.0})
+    updates = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        at = site_of(tmp_path / name, study, cohort_of((1,) * 8))
+        updates.append(train_round(at, request_of(study)))
+        assert not (tmp_path / name / FILE_NAME).exists()
+    assert updates[0].history == ()
+    np.testing.assert_allclose(updates[0].discriminator, updates[1].discriminator, atol=1e-6)
+
+
+def test_optimizers_go_on_where_the_site_left_them(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    train_round(at, request_of(at.study, 1))
+    train_round(at, request_of(at.study, 2))
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    for name in ("generator_optimizer", "discriminator_optimizer"):
+        assert {int(entry["step"]) for entry in state[name]["state"].values()} == {4}
+
+
+def test_the_saved_state_is_for_the_site_alone(tmp_path: Path) -> None:
+    train_round(site_of(tmp_path), request_of(study_of()))
+    assert (tmp_path / STATE_FILE).stat().st_mode & 0o077 == 0
+
+
+def test_the_expected_batch_is_public() -> None:
+    # q times the contracted number, never the number found: 0.25 x 8 = 2, 0.01 x 8 rounds to 0 and becomes 1.
+    for q, expected in ((0.25, 2), (1.0, 8), (0.01, 1)):
+        study = study_of(privacy={"sampling_probability": q})
+        for cohort in (cohort_of(), cohort_of((1, 2)), cohort_of((5,) * 12)):
+            assert site_of(Path(), study, cohort).expected_batch_size == expected
+
+
+def test_a_draw_groups_images_by_patient_up_to_the_limit() -> None:
+    batch = training._draw(site_of(Path()))
+    # q = 1 and 3 images a patient at most: 1, 3, 2, 3, 1, 3, 2, 1 rows in this order.
+    expected = np.repeat(np.arange(8), [min(count, 3) for count in IMAGES])
+    np.testing.assert_array_equal(batch.owner, expected)
+    np.testing.assert_array_equal(np.rint((batch.images[:, 0, 0, 0] + 1) * 127.5), 20 * expected + 10)
+    assert batch.labels.shape == batch.owner.shape
+
+
+def test_a_draws_owners_are_positions_in_the_draw() -> None:
+    study = study_of(privacy={"sampling_probability": 0.5, "images_per_patient": 3})
+    sizes = set()
+    for _ in range(30):
+        batch = training._draw(site_of(Path(), study))
+        positions = sorted(set(batch.owner.tolist()))
+        assert positions == list(range(len(positions)))
+        values = [set(batch.images[batch.owner == each, 0, 0, 0].tolist()) for each in positions]
+        assert all(len(value) == 1 for value in values)  # one patient's images each
+        sizes.add(len(positions))
+    assert len(sizes) > 1
+
+
+def test_an_empty_draw_is_trained_and_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "draw_patients", lambda num_patients, q: np.zeros(0, np.intp))
+    at = site_of(tmp_path)
+    assert training._draw(at).images.shape == (0, 1, 28, 28)
+    update = train_round(at, request_of(at.study))
+    assert num_steps(update.history) == 2
+    assert (update.discriminator != 0).mean() > 0.9
+
+
+def test_every_step_draws_patients_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, float]] = []
+    draw = training.draw_patients
+
+    def counting(num_patients: int, q: float) -> Any:
+        calls.append((num_patients, q))
+        return draw(num_patients, q)
+
+    monkeypatch.setattr(training, "draw_patients", counting)
+    train_round(site_of(tmp_path), request_of(study_of()))
+    assert calls == [(8, 1.0), (8, 1.0)]

@@ -1,0 +1,288 @@
+"""The study file: what is refused and how, what the digest covers, and that every way of carrying it keeps it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from pydantic import ValidationError
+
+from common.config import StudyConfig, holdout_share, start_size
+from common.errors import ConfigError
+from tests.strategies import SIZES, studies
+
+MARKER = "Zebra-4711"
+
+
+def study_of(**tables: Any) -> StudyConfig:
+    return StudyConfig.model_validate(tables)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "start"), [(28, 7), (32, 4), (40, 5), (48, 6), (56, 7), (64, 4), (80, 5), (96, 6), (112, 7), (128, 4)]
+)
+def test_start_sizes_by_hand(size: int, start: int) -> None:
+    assert start_size(size) == start
+    assert study_of(image={"size": size}).image.size == size
+
+
+@pytest.mark.parametrize("size", [-28, 0, 1, 4, 7, 14, 16, 24, 27, 29, 30, 36, 44, 63, 72, 100, 127, 144, 160, 256])
+def test_other_sizes_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="size must be"):
+        start_size(size)
+    with pytest.raises(ValidationError):
+        study_of(image={"size": size})
+
+
+def test_exactly_the_listed_sizes_are_allowed() -> None:
+    allowed = []
+    for size in range(300):
+        try:
+            start_size(size)
+        except ValueError:
+            continue
+        allowed.append(size)
+    assert tuple(allowed) == SIZES
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("colour = 1", "colour"),
+        ("[privacy]\nepsylon = 1", "privacy.epsylon"),
+        ("[federation]\nround = 1", "federation.round"),
+        ("[gan]\nlosss = 'hinge'", "gan.losss"),
+        ("[image]\nsizes = 64", "image.sizes"),
+        ("[performance]\nthreads = 1", "performance.threads"),
+        ("[noise]\nseed = 1", "noise"),
+    ],
+)
+def test_unknown_keys_are_refused_by_name(text: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: no such key"):
+        StudyConfig.from_toml(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"name = '{MARKER} with a space'",
+        f"seed = '{MARKER}'",
+        f"[gan]\nloss = '{MARKER}'",
+        f"[gan]\nloss = ['{MARKER}']",
+        f"[privacy]\nepsilon = '{MARKER}'",
+        f"[privacy]\nenabled = '{MARKER}'",
+        f"[image]\nlabels = ['{MARKER}']\nlabel_column = 'group'",
+        f"[image]\nlabels = ['{MARKER},', 'b']\nlabel_column = 'group'",
+        f"[image]\nlabel_column = '{MARKER}'",
+        f"[federation]\ncontracted_patients = '{MARKER}'",
+        f"[federation]\ncontracted_patients = 'site={MARKER}'",
+        f"[federation.contracted_patients]\nsite = '{MARKER}'",
+        f"image = '{MARKER}'",
+    ],
+)
+def test_values_are_never_printed(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        StudyConfig.from_toml(write(tmp_path, text))
+    assert MARKER not in str(caught.value)
+    assert MARKER not in caught.value.message + caught.value.remedy
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        StudyConfig.from_toml(write(tmp_path, "a = 1\n[privacy]\nepsilon = -1\ndelta = 2\n[image]\nsize = 3"))
+    for key in ("a: no such key", "privacy.epsilon", "privacy.delta", "size must be"):
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"privacy": {"epsilon": 0}},
+        {"privacy": {"epsilon": float("nan")}},
+        {"privacy": {"epsilon": float("inf")}},
+        {"privacy": {"delta": 0}},
+        {"privacy": {"delta": 0.01}},
+        {"privacy": {"clip_norm": 0}},
+        {"privacy": {"clip_norm": float("inf")}},
+        {"privacy": {"sampling_probability": 0}},
+        {"privacy": {"sampling_probability": 1.01}},
+        {"privacy": {"images_per_patient": 0}},
+        {"privacy": {"unit": "image"}},
+        {"federation": {"rounds": 0}},
+        {"federation": {"local_steps": 0}},
+        {"federation": {"contracted_patients": {"a": 0}}},
+        {"federation": {"contracted_patients": {"a,b": 3}}},
+        {"federation": {"contracted_patients": {"a=b": 3}}},
+        {"federation": {"contracted_patients": {"../a": 3}}},
+        {"federation": {"contracted_patients": "a=1,a=2"}},
+        {"federation": {"contracted_patients": "a"}},
+        {"federation": {"algorithm": "joint"}},
+        {"image": {"channels": 3}},
+        {"gan": {"discriminator_normalization": "batch"}},
+        {"performance": {"max_images_at_once": 0}},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"name": ""},
+        {"name": "../up"},
+    ],
+)
+def test_values_out_of_range_are_refused(tables: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        study_of(**tables)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"labels": ["ill", "well"]},
+        {"label_column": "group"},
+        {"label_column": "group", "labels": ["ill"]},
+        {"label_column": "group", "labels": ["ill", "ill"]},
+        {"label_column": "group", "labels": ["ill", ""]},
+        {"label_column": "group", "labels": ["ill", "a,b"]},
+        {"label_column": "group", "labels": ["ill", "a=b"]},
+        {"label_column": "group", "labels": ["ill", " well"]},
+        {"label_column": "group", "labels": ["ill", "well\n"]},
+        {"label_column": "group", "labels": ["ill", "x" * 65]},
+        {"label_column": "group", "labels": ["ill", 1]},
+    ],
+)
+def test_labels_and_their_column_belong_together(image: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        study_of(image=image)
+
+
+def test_the_number_of_classes() -> None:
+    assert study_of().image.num_classes == 1
+    assert study_of(image={"label_column": "g", "labels": "ill, well ,other"}).image.labels == ("ill", "well", "other")
+    assert study_of(image={"label_column": "g", "labels": ["ill", "well"]}).image.num_classes == 2
+
+
+def test_a_study_is_frozen() -> None:
+    study = study_of()
+    for part, key in ((study, "seed"), (study.privacy, "epsilon"), (study.federation, "rounds")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, key, 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("", {"seed": 1}),
+        ("", {"name": "other"}),
+        ("image", {"size": 32}),
+        ("gan", {"loss": "hinge"}),
+        ("privacy", {"epsilon": 9.0}),
+        ("privacy", {"enabled": False}),
+        ("privacy", {"clip_norm": 2.0}),
+        ("federation", {"rounds": 11}),
+        ("federation", {"contracted_patients": {"a": 30}}),
+    ],
+)
+def test_the_digest_covers_the_guarantee(part: str, changes: dict[str, Any]) -> None:
+    study = study_of()
+    assert study.with_changes(part, **changes).digest != study.digest
+
+
+def test_the_digest_leaves_speed_out() -> None:
+    study = study_of()
+    faster = study.with_changes("performance", max_images_at_once=7, mixed_precision=False)
+    assert faster != study
+    assert faster.digest == study.digest
+    assert len(study.digest) == 64
+
+
+def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
+    one = study_of(federation={"contracted_patients": {"a": 1, "b": 2}})
+    other = study_of(federation={"contracted_patients": {"b": 2, "a": 1}})
+    assert one.digest == other.digest
+
+
+def test_a_change_is_checked_again() -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon"):
+        study_of().with_changes("privacy", epsilon=-1)
+    with pytest.raises(ConfigError, match="no such key"):
+        study_of().with_changes("privacy", noise=1)
+
+
+@given(studies())
+def test_the_run_config_keeps_the_study(study: StudyConfig) -> None:
+    flat = study.to_run_config()
+    assert all(type(value) in (str, int, float, bool) for value in flat.values())
+    again = StudyConfig.from_run_config({**flat, "other.key": 1, "run.sites": "sites"})
+    assert again == study
+    assert again.digest == study.digest
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(study=studies())
+def test_a_saved_study_is_read_back(study: StudyConfig, tmp_path: Path) -> None:
+    study.save(tmp_path / "study.toml")
+    again = StudyConfig.from_toml(tmp_path / "study.toml")
+    assert again == study
+    assert again.digest == study.digest
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("study.privacy.epsylon", "privacy.epsylon: no such key"),
+        ("study.nothing", "nothing: no such key"),
+        ("study.federation.contracted_patients.a", "no such key"),
+    ],
+)
+def test_unknown_keys_of_the_run_config_are_refused(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        StudyConfig.from_run_config({key: 1})
+
+
+@pytest.mark.parametrize(
+    "keys", [("study.privacy", "study.privacy.epsilon"), ("study.privacy.epsilon", "study.privacy")]
+)
+def test_a_key_that_is_also_a_table_is_refused(keys: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        StudyConfig.from_run_config(dict.fromkeys(keys, 1.0))
+
+
+@pytest.mark.parametrize("content", [b"[privacy", b"a = ", b"\xff\xfe", b"privacy = 1\n[privacy]"])
+def test_a_file_that_is_not_toml_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match="TOML"):
+        StudyConfig.from_toml(tmp_path / "study.toml")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match="Cannot read"):
+            StudyConfig.from_toml(path)
+
+
+def test_the_contracted_split_by_hand() -> None:
+    # Under 150 patients 30 % are held out, from 150 on 20 %: 100 -> 70 + 30, 149 -> 104 + 45 (44.7), 200 -> 160 + 40.
+    study = study_of(federation={"contracted_patients": {"a": 100, "b": 149, "c": 200, "d": 1}})
+    assert [study.contracted_split(site) for site in "abcd"] == [(70, 30), (104, 45), (160, 40), (1, 0)]
+    with pytest.raises(ConfigError, match="contracted"):
+        study.contracted_split("e")
+
+
+def test_the_share_of_the_split_is_the_one_that_sites_use() -> None:
+    from client.data.cohort import holdout_share as at_site
+
+    assert [holdout_share(n) for n in (1, 149, 150, 9999)] == [at_site(n) for n in (1, 149, 150, 9999)]
+
+
+def test_total_steps() -> None:
+    assert study_of(federation={"rounds": 7, "local_steps": 5}).total_steps == 35
+
+
+@pytest.mark.parametrize("name", ["brain-t1", "chest-xray", "phantom"])
+def test_the_examples_are_valid(name: str) -> None:
+    path = Path(__file__).parents[2] / "deploy" / "examples" / f"{name}.toml"
+    assert StudyConfig.from_toml(path).privacy.enabled

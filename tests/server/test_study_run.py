@@ -1,0 +1,232 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import StudyConfig
+from common.errors import ConfigError, TooFewSurvivors
+from common.messages import Enrolment, Refusal, Reply, TrainRequest
+from common.privacy import accounting
+from server import checkpoints, record
+from server.record import RunRecord
+from server.study_run import run_study
+from tests.server.scripted import TRAINED, Scripted, honest, two_sites
+
+
+def run(study: StudyConfig, sites: Scripted, out: Path, *, resume: bool = False) -> RunRecord:
+    run_study(study, sites, out, "cpu", resume)
+    return RunRecord.load(out)
+
+
+def steps(facts: RunRecord) -> dict[str, int]:
+    return {site.name: accounting.num_steps(record.history(site)) for site in facts.sites}
+
+
+def test_a_study_runs_to_its_last_round(tmp_path: Path) -> None:
+    study = two_sites()
+    sites = Scripted(study)
+    facts = run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "2"]
+    assert (facts.status, facts.rounds_completed) == ("completed", 2)
+    assert steps(facts) == {"north": 6, "south": 6}
+    first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 2))
+    np.testing.assert_allclose(last.generator, first.generator + 2 * TRAINED, rtol=1e-5)
+
+
+def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
+    study = two_sites()
+    run(study, Scripted(study), tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(study, Scripted(study), tmp_path)
+
+
+def test_another_study_cannot_take_over(tmp_path: Path) -> None:
+    study = two_sites()
+    run(study, Scripted(study), tmp_path)
+    other = two_sites(rounds=3)
+    with pytest.raises(ConfigError, match="another study"):
+        run(other, Scripted(other), tmp_path, resume=True)
+
+
+# ---------------------------------------------------------------- enrolment
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (Enrolment("north", "cd" * 32, False), "malformed"),  # a name that another node has
+        (Enrolment("stranger", "cd" * 32, False), "malformed"),  # no contract
+        (Refusal("site"), "site"),
+        (Refusal("no_answer"), "no_answer"),
+    ],
+)
+def test_who_cannot_enrol_takes_no_part(reply: Reply, code: str, tmp_path: Path) -> None:
+    study = two_sites()
+    facts = run(study, Scripted(study, enrol={3: reply}), tmp_path)
+    assert facts.status == "completed"
+    assert [site.name for site in facts.sites] == ["north"]
+    assert facts.sites[0].holdout_commitment == "ab" * 32
+    assert facts.refused_sites == {"node 3": code}
+
+
+def test_too_few_enrolled_sites_fail_the_run(tmp_path: Path) -> None:
+    study = two_sites(minimum_sites=2)
+    with pytest.raises(TooFewSurvivors, match=r"at least 2 sites to enrol, got 1 \(refused: site\)"):
+        run(study, Scripted(study, enrol={2: Refusal("site")}), tmp_path)
+    facts = RunRecord.load(tmp_path)
+    assert (facts.status, facts.error) == ("failed", "too_few_survivors")
+    assert facts.finished
+
+
+def test_a_site_that_counts_records_is_in_the_notice(tmp_path: Path) -> None:
+    study = two_sites()
+    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "cd" * 32, True)}), tmp_path)
+    assert "one record (image)" in facts.notice
+
+
+# ---------------------------------------------------------------- what a site is charged
+
+
+def late(request: TrainRequest) -> Reply:
+    return Refusal("no_answer")
+
+
+def test_a_late_site_is_charged_as_planned_until_it_speaks_again(tmp_path: Path) -> None:
+    study = two_sites()
+    seen: list[dict[str, int]] = []
+
+    def train(request: TrainRequest) -> Reply:
+        return late(request) if request.round == 1 else honest(study, request)
+
+    def before(group: str) -> None:
+        if group == "2":
+            seen.append(steps(RunRecord.load(tmp_path)))
+
+    facts = run(study, Scripted(study, train={3: train}, before=before), tmp_path)
+    assert seen == [{"north": 3, "south": 3}]
+    assert steps(facts) == {"north": 6, "south": 6}
+    assert [(site.rounds, site.refusals) for site in facts.sites] == [([1, 2], {}), ([2], {"no_answer": 1})]
+
+
+def test_a_site_late_for_ever_is_charged_no_more_than_the_plan(tmp_path: Path) -> None:
+    study = two_sites(rounds=3)
+    facts = run(study, Scripted(study, train={3: late}), tmp_path)
+    assert steps(facts) == {"north": 9, "south": 9}
+    assert facts.sites[1].epsilon == facts.sites[0].epsilon
+    assert facts.sites[1].rounds == []
+
+
+def test_an_update_that_does_not_fit_is_charged_too(tmp_path: Path) -> None:
+    study = two_sites()
+
+    def train(request: TrainRequest) -> Reply:
+        return replace(honest(study, request), generator=np.zeros(1, np.float32))
+
+    facts = run(study, Scripted(study, train={3: train}), tmp_path)
+    assert steps(facts) == {"north": 6, "south": 6}
+    assert facts.sites[1].refusals == {"malformed": 2}
+
+
+def test_a_refusal_costs_nothing(tmp_path: Path) -> None:
+    study = two_sites()
+    facts = run(study, Scripted(study, train={3: lambda request: Refusal("site")}), tmp_path)
+    assert steps(facts) == {"north": 6, "south": 0}
+    assert facts.sites[1].epsilon == 0.0
+
+
+def test_an_update_of_a_round_that_failed_counts(tmp_path: Path) -> None:
+    study = two_sites(minimum_sites=2)
+
+    def train(request: TrainRequest) -> Reply:
+        return honest(study, request) if request.round == 1 else Refusal("internal")
+
+    with pytest.raises(TooFewSurvivors, match="south: internal"):
+        run(study, Scripted(study, train={3: train}), tmp_path)
+    facts = RunRecord.load(tmp_path)
+    assert (facts.status, facts.rounds_completed) == ("failed", 1)
+    assert steps(facts) == {"north": 6, "south": 3}
+
+
+def test_spent_budgets_complete_the_run(tmp_path: Path) -> None:
+    study = two_sites(minimum_sites=2)
+
+    def train(request: TrainRequest) -> Reply:
+        return honest(study, request) if request.round == 1 else Refusal("budget_exhausted")
+
+    facts = run(study, Scripted(study, train={2: train, 3: train}), tmp_path)
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "budget_exhausted", 1)
+    assert steps(facts) == {"north": 6, "south": 6}  # they have spent all, though nobody saw the last update
+
+
+# ---------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"), [(KeyboardInterrupt, "interrupted", ""), (ZeroDivisionError, "failed", "internal")]
+)
+def test_a_run_that_stops_says_how_and_goes_on(
+    error: type[BaseException], status: str, code: str, tmp_path: Path
+) -> None:
+    study = two_sites()
+
+    def before(group: str) -> None:
+        if group == "2":
+            raise error
+
+    with pytest.raises(error):
+        run(study, Scripted(study, before=before), tmp_path)
+    stopped = RunRecord.load(tmp_path)
+    assert (stopped.status, stopped.error, stopped.rounds_completed) == (status, code, 1)
+    assert stopped.sites[0].accountant == "prv"
+
+    sites = Scripted(study)
+    facts = run(study, sites, tmp_path, resume=True)
+    assert sites.asked == ["enrol", "2"]
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "", 2)
+    assert [site.rounds for site in facts.sites] == [[1, 2], [1, 2]]
+    assert facts.started == stopped.started
+    assert facts.seconds["total"] >= stopped.seconds["total"]
+
+
+def test_the_record_is_on_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two repeats the round; the other order would forget what its updates cost."""
+    study = two_sites(rounds=1)
+    save = checkpoints.save
+
+    def killed(folder: Path, state: object) -> Path:
+        if state.round == 1:  # type: ignore[attr-defined]
+            raise SystemExit("killed")
+        return save(folder, state)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "save", killed)
+    with pytest.raises(SystemExit):
+        run(study, Scripted(study), tmp_path)
+    assert steps(RunRecord.load(tmp_path)) == {"north": 3, "south": 3}
+    monkeypatch.setattr(checkpoints, "save", save)
+    facts = run(study, Scripted(study), tmp_path, resume=True)
+    assert (facts.rounds_completed, steps(facts)) == (1, {"north": 3, "south": 3})
+    assert [site.rounds for site in facts.sites] == [[1], [1]]
+    assert len(record.read_metrics(tmp_path)) == 1
+
+
+def test_a_lost_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
+    study = two_sites()
+    run(study, Scripted(study), tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+        run(study, Scripted(study), tmp_path, resume=True)
+
+
+def test_weights_of_a_drawn_size_have_no_say(tmp_path: Path) -> None:
+    """Only contracted sizes weigh: what a site claims to have spent changes nothing."""
+    study = two_sites(rounds=1, weights="contracted")
+
+    def train(request: TrainRequest) -> Reply:
+        update = honest(study, request)
+        return replace(update, generator=3 * update.generator, history=())
+
+    run(study, Scripted(study, train={3: train}), tmp_path)
+    first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 1))
+    np.testing.assert_allclose(last.generator - first.generator, TRAINED * (0.25 + 0.75 * 3), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from client.accountant import SiteAccountant
 from client.data.slices import PreparedCohort
 from common import progress
 from common.config import StudyConfig
-from common.errors import BudgetExhausted, PrivacyError
+from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
 from common.files import write_atomically
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
@@ -81,8 +81,8 @@ def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
             request.round, saved["generator"].numpy(), saved["discriminator"].numpy(), accountant.history
         )
 
+    trainer = _restore(at, plan, request, saved)  # refuses a shared state that does not fit before anything is charged
     num_steps = _charge(accountant, plan, at.study)
-    trainer = _restore(at, plan, request, saved)
     _train(at, trainer, num_steps, request.round)
     generator = to_vector(trainer.generator) - request.generator
     discriminator = to_vector(trainer.discriminator) - request.discriminator
@@ -140,8 +140,11 @@ def _restore(
     trainer = GanTrainer(
         at.study, choose_device(at.device), plan, at.expected_batch_size, int.from_bytes(seed[:7], "big")
     )
-    load_vector(trainer.generator, request.generator)
-    load_vector(trainer.discriminator, request.discriminator)
+    try:
+        load_vector(trainer.generator, request.generator)
+        load_vector(trainer.discriminator, request.discriminator)
+    except ValueError as error:
+        raise BadPeer(f"The shared state does not fit the study: {error}.", "Nothing was spent.") from None
     if saved is not None:
         trainer.generator_optimizer.load_state_dict(saved["generator_optimizer"])
         trainer.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
@@ -160,7 +163,13 @@ def _load_state(folder: Path) -> dict[str, Any] | None:
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise SiteError(
+            f"{path} is damaged ({type(error).__name__}).",
+            "Delete it: the optimizers start anew, what was spent stays.",
+        ) from None
     return state
 
 

@@ -148,6 +148,15 @@ class StudyConfig(Part):
     federation: FederationConfig = Field(default_factory=FederationConfig)
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
 
+    @model_validator(mode="after")
+    def _generator_trains(self) -> Self:
+        if self.federation.local_steps < self.gan.discriminator_steps_per_generator_step:
+            raise ValueError(
+                "federation.local_steps must be at least gan.discriminator_steps_per_generator_step, "
+                "else the generator never makes a step"
+            )
+        return self
+
     @property
     def total_steps(self) -> int:
         """Discriminator steps of one site over the whole study."""

@@ -1,6 +1,7 @@
 """Writing files so that a crash leaves either the old content or the new one, never half of it."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -12,10 +13,11 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         data: the whole content.
         mode: permission bits of the new file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # a name of its own, mode 0600
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

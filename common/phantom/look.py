@@ -75,7 +75,7 @@ def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
     return replace(
         base,
         wm=base.wm * float(rng.uniform(0.92, 1.06)),
-        gm=base.gm * float(rng.uniform(1.05, 1.25)),
+        gm=base.gm * float(rng.uniform(0.95, 1.3)),
         csf=base.csf * float(rng.uniform(1.5, 2.5)),
         fat=base.fat * float(rng.uniform(0.4, 0.55)),
         noise_stddev=float(rng.uniform(0.012, 0.05)),

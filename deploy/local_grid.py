@@ -162,7 +162,7 @@ class LocalGrid(Grid):
             return Message(Error(MESSAGE_UNAVAILABLE, "expired"), reply_to=message)
 
         def stepped(done: int, total: int) -> None:
-            if False:
+            if self._stopping.is_set():
                 raise KeyboardInterrupt
             self._watcher.stepped(node_id, done, total)
 

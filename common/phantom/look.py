@@ -56,8 +56,8 @@ PUBLIC_STRIPPED_LOOK = replace(
 
 
 def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
-    """A hospital's look. All hospitals image with fat saturation, brighter fluid and less contrast of grey and white
-    matter than the public phantoms have, so that their patients have something to teach; each scanner differs a little.
+    """A hospital's look. All hospitals image with fat saturation, most with brighter fluid and grey matter than the public
+    phantoms have, so that their patients have something to teach; each scanner differs.
 
     Args:
         seed: any integer of 0 or more; equal seeds give equal looks.
@@ -75,8 +75,8 @@ def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
     return replace(
         base,
         wm=base.wm * float(rng.uniform(0.92, 1.06)),
-        gm=base.gm * float(rng.uniform(0.95, 1.3)),
-        csf=base.csf * float(rng.uniform(1.5, 2.5)),
+        gm=base.gm * float(rng.uniform(0.9, 1.35)),
+        csf=base.csf * float(rng.uniform(1.0, 3.0)),
         fat=base.fat * float(rng.uniform(0.4, 0.55)),
         noise_stddev=float(rng.uniform(0.012, 0.05)),
         bias_strength=float(rng.uniform(0.05, 0.22)),

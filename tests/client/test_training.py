@@ -11,7 +11,7 @@ from client import training
 from client.accountant import FILE_NAME, SiteAccountant
 from client.training import STATE_FILE, train_round
 from common import progress
-from common.errors import BudgetExhausted, PrivacyError
+from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
 from common.gan.training import GanTrainer, RealBatch
 from common.messages import LocalUpdate
 from common.privacy.accounting import epsilon, num_steps
@@ -198,12 +198,20 @@ def test_a_delta_too_large_for_the_site_stops_it_before_it_spends(tmp_path: Path
     assert not (tmp_path / FILE_NAME).exists()
 
 
-def test_a_state_of_another_shape_changes_nothing_but_the_charge(tmp_path: Path) -> None:
+def test_a_shared_state_of_another_shape_is_refused_before_anything_is_charged(tmp_path: Path) -> None:
     at = site_of(tmp_path)
     request = request_of(study_of(gan={"latent_size": 5}))
-    with pytest.raises(ValueError, match="parameters"):
+    with pytest.raises(BadPeer, match="parameters"):
         train_round(at, request)
     assert not (tmp_path / STATE_FILE).exists()
+    assert SiteAccountant(at.folder, at.study.digest).history == ()
+
+
+def test_a_damaged_state_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    (tmp_path / STATE_FILE).write_bytes(b"half a file")
+    with pytest.raises(SiteError, match="Delete it"):
+        train_round(at, request_of(at.study))
 
 
 def test_two_sites_with_one_study_seed_differ_in_noise_only(tmp_path: Path) -> None:

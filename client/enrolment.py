@@ -14,6 +14,7 @@ from common.config import StudyConfig
 from common.errors import SiteError
 from common.files import write_atomically
 from common.messages import Enrolment
+from common.privacy.plan import check_delta
 
 logger = logging.getLogger("synthward.site")
 CHECK_FILE, REFUSED_FILE, PREPARED, STUDIES = "data-check.json", "refused.json", "prepared", "studies"
@@ -50,6 +51,7 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
 
     Raises:
         SiteError: unusable data folder, or fewer patients than ``federation.minimum_patients``.
+        PrivacyError: the study's delta is too large for this many patients.
     """
     fingerprint = _fingerprint(settings, study)
     known = _read_check(settings.folder)
@@ -62,6 +64,8 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
             f"Expected at least {study.federation.minimum_patients} patients with usable images, found {num_patients}.",
             "Add patients, correct what `synthward data check` refuses, or lower federation.minimum_patients.",
         )
+    if study.privacy.enabled:
+        check_delta(study.privacy.delta, num_patients)
     return num_patients
 
 

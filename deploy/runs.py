@@ -48,12 +48,13 @@ def _study(options: argparse.Namespace) -> StudyConfig:
 
 
 def _kind_of_data(options: argparse.Namespace) -> str:
-    """The built-in study for the data: phantoms, pictures (chest X-ray), else volumes (brain T1)."""
+    """The built-in study for the data: phantoms, pictures without volumes (chest X-ray), else volumes (brain T1)."""
     if options.phantom is not None:
         return "phantom"
-    folder = options.data or options.site[0][1]
-    pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in folder.glob("*"))
-    return "chest-xray" if pictures else "brain-t1"
+    names = [path.name.lower() for path in (options.data or options.site[0][1]).rglob("*")]
+    pictures = any(name.endswith((".png", ".jpg", ".jpeg")) for name in names)
+    volumes = any(name.endswith((".nii", ".nii.gz")) for name in names)
+    return "chest-xray" if pictures and not volumes else "brain-t1"
 
 
 def _sites(options: argparse.Namespace, out: Path, study: StudyConfig) -> list[SiteSettings]:

@@ -145,7 +145,7 @@ def _enrol(study: StudyConfig, channel: Channel, run: RunRecord) -> dict[int, st
     run.refused_sites = {name: code for name, code in run.refused_sites.items() if not name.startswith("node ")}
     for node, answer in sorted(answers.items()):
         reply = answer.reply
-        if isinstance(reply, Enrolment) and  reply.site not in sites.values():
+        if isinstance(reply, Enrolment) and reply.site in contract and reply.site not in sites.values():
             sites[node] = reply.site
             _enter(study, run, reply)
         else:

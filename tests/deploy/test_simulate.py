@@ -1,5 +1,6 @@
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from itertools import product
@@ -16,6 +17,7 @@ from client.data.inventory import list_patients
 from common.config import StudyConfig
 from common.privacy import accounting
 from deploy.local_grid import LocalGrid
+from deploy.runs import _kind_of_data
 from server import checkpoints, record
 from server.record import RunRecord
 from tests.deploy.command import Result, synthward, tiny_study
@@ -181,6 +183,23 @@ def test_the_built_in_studies_are_valid(kind: str) -> None:
     assert StudyConfig.from_toml(Path(deploy.simulate.__file__).parent / "examples" / f"{kind}.toml").name
 
 
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["images.tsv", "images/a.png"], "chest-xray"),
+        (["a.JPG", "table.csv"], "chest-xray"),
+        (["sub-1/anat/sub-1_T1w.nii.gz", "figures/overview.png"], "brain-t1"),
+        (["series/1.dcm"], "brain-t1"),
+        ([], "brain-t1"),
+    ],
+)
+def test_the_data_choose_the_built_in_study(files: list[str], kind: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert _kind_of_data(Namespace(phantom=None, data=None, site=[("north", tmp_path)])) == kind
+
+
 def test_without_privacy_everything_says_so(hospitals: dict[str, Path], tmp_path: Path) -> None:
     study = tiny_study(tmp_path / "s.toml", privacy__enabled=False, federation__rounds=1)
     sites = ("--site", f"north={hospitals['north']}", "--site", f"south={hospitals['south']}")
@@ -243,15 +262,15 @@ def test_a_failing_site_leaves_a_code_and_keeps_the_reason(
     assert (facts.status, facts.rounds_completed) == ("completed", 2)
     assert [(site.rounds, site.refusals) for site in facts.sites] == [
         ([1], {"site": 1}),
-        ([1], {"internal": 1}),
+        ([1], {"site": 1}),
         ([1, 2], {}),
     ]
     assert [accounting.num_steps(record.history(site)) for site in facts.sites] == [3, 3, 6]
     assert "There are no prepared images" in (out / "sites" / "north" / "site.log").read_text()
-    assert "Traceback" in (out / "sites" / "south" / "site.log").read_text()
+    assert "state.pt is damaged" in (out / "sites" / "south" / "site.log").read_text()
     for path in public_files(out):
-        assert b"prepared images 'training'" not in path.read_bytes()
-    assert record.read_metrics(out)[1]["refused"] == {"north": "site", "south": "internal"}
+        assert not any(text in path.read_bytes() for text in (b"prepared images 'training'", b"is damaged"))
+    assert record.read_metrics(out)[1]["refused"] == {"north": "site", "south": "site"}
 
 
 def test_data_that_are_gone_after_enrolment_do_not_matter(

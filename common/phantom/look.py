@@ -56,8 +56,9 @@ PUBLIC_STRIPPED_LOOK = replace(
 
 
 def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
-    """A hospital's look. All hospitals image with fat saturation, most with brighter fluid and grey matter than the public
-    phantoms have, so that their patients have something to teach; each scanner differs.
+    """A hospital's look. All saturate fat, and most have brighter fluid and grey matter than the public phantoms.
+
+    So their patients have something to teach; each scanner differs.
 
     Args:
         seed: any integer of 0 or more; equal seeds give equal looks.

@@ -16,8 +16,9 @@ RELATIVE_ERROR = 0.003
 ABSOLUTE_ERROR = 0.01
 SMALLEST_ERROR = 5e-5
 
-# Opacus' default orders end at 63, which floors epsilon at log(1 / delta) / 62: small budgets need larger ones.
-ALPHAS = [1 + x / 10 for x in range(1, 100)] + [*range(11, 64), 80, 96, 128, 192, 256, 384, 512, 1024, 4096]
+# Opacus' default orders end at 63, which floors epsilon at log(1 / delta) / 62: small budgets need larger ones. Orders
+# between two whole numbers cost a hundred times more each, so there are few, where a large epsilon has its optimum.
+ALPHAS = [1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, *range(4, 64), 80, 96, 128, 192, 256, 384, 512, 1024, 4096]
 
 _LOCK = threading.Lock()  # catch_warnings is global to the process; sites of a simulation are threads of one
 

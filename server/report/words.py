@@ -1,6 +1,5 @@
 """Figures and codes as people read them."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
@@ -88,22 +87,6 @@ def names_text(names: Sequence[str], everyone: bool) -> str:
 
 def toml(study: Mapping[str, Any]) -> str:
     """A study, as stored in ``run.json``, as the TOML file it came from."""
-    return "\n".join(_table("", study)).strip() + "\n"
+    import tomli_w
 
-
-def _table(name: str, table: Mapping[str, Any]) -> list[str]:
-    lines = ["", f"[{name}]"] if name else []
-    lines += [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            lines += _table(f"{name}.{_key(key)}" if name else _key(key), value)
-    return lines
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _value(key)
-
-
-def _value(value: Any) -> str:
-    # JSON's strings, numbers, booleans and lists are TOML's, but for the delete character.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return tomli_w.dumps(study)

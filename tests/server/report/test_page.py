@@ -116,7 +116,8 @@ def test_the_status_and_the_error_are_shown(tmp_path: Path, status: str) -> None
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
     hostile = "<img src=http://x/ onerror=alert(1)>\"'&"
-    run = make_run((hostile, "south"))
+    run = make_run(("north", "south"))
+    run.sites[0].name = hostile
     run.error, run.status, run.device, run.notice = hostile, "failed", hostile, hostile
     run.aggregation = hostile
     run.sites[1].refusals = {hostile: 1}

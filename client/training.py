@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,11 @@ def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     """Train both networks for one round and return their differences.
 
     A round that this site has already finished from the same shared state is answered again from its state file: the
-    update is out of the mechanism already, so repeating it costs nothing.
+    update is out of the mechanism already, so repeating it costs nothing. A round that was stopped between two steps
+    goes on where it stopped, under the charge that was made for it. What a crash cut off is paid for and lost.
 
     Raises:
+        KeyboardInterrupt: the listener to the progress stopped the work; what was done is kept.
         BudgetExhausted: every step that the study planned is spent.
         PrivacyError: delta does not suit the cohort, or the accountant's file was lost.
         OSError: the accountant or the state cannot be written. Nothing was trained on patients in the first case.
@@ -75,19 +78,32 @@ def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
         raise PrivacyError(f"{at.folder} has a trained state but no accountant.", "Restore the accountant's file.")
 
     source = _digest(request)
-    if saved is not None and saved["source"] == source:
+    same = saved is not None and saved["source"] == source
+    if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
-        return LocalUpdate(
-            request.round, saved["generator"].numpy(), saved["discriminator"].numpy(), accountant.history
-        )
+        generator, discriminator = saved["generator"].numpy(), saved["discriminator"].numpy()
+        return LocalUpdate(request.round, generator, discriminator, accountant.history)
 
     trainer = _restore(at, plan, request, saved)  # refuses a shared state that does not fit before anything is charged
-    num_steps = _charge(accountant, plan, at.study)
-    _train(at, trainer, num_steps, request.round)
-    generator = to_vector(trainer.generator) - request.generator
-    discriminator = to_vector(trainer.discriminator) - request.discriminator
-    _save_state(at.folder, source, trainer, generator, discriminator)
-    return LocalUpdate(request.round, generator, discriminator, accountant.history)
+    if saved is not None and same:
+        step, num_steps = int(saved["step"]), int(saved["num_steps"])
+        load_vector(trainer.generator, request.generator + saved["generator"].numpy())
+        load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
+        logger.info("round %d: goes on after step %d", request.round, step)
+    else:
+        step, num_steps = 0, _charge(accountant, plan, at.study)
+
+    def update() -> LocalUpdate:
+        generator = to_vector(trainer.generator) - request.generator
+        discriminator = to_vector(trainer.discriminator) - request.discriminator
+        return LocalUpdate(request.round, generator, discriminator, accountant.history)
+
+    def keep(step: int) -> None:
+        _save_state(at.folder, {"source": source, "step": step, "num_steps": num_steps}, trainer, update())
+
+    _train(at, trainer, range(step, num_steps), request.round, keep)
+    keep(num_steps)
+    return update()
 
 
 def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyConfig) -> int:
@@ -104,18 +120,23 @@ def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyCo
     return num_steps
 
 
-def _train(at: SiteStudy, trainer: GanTrainer, num_steps: int, round_number: int) -> None:
+def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: Callable[[int], None]) -> None:
     """Discriminator steps on Poisson draws of patients, generator steps after every few of them."""
     every = at.study.gan.discriminator_steps_per_generator_step
     loss, non_finite = 0.0, 0
-    for step in range(num_steps):
+    for step in steps:
         step_loss, step_non_finite = trainer.discriminator_step(_draw(at))
         loss, non_finite = loss + step_loss, non_finite + step_non_finite
         if (step + 1) % every == 0:
             trainer.generator_step()
-        progress.report(step + 1, num_steps)
+        try:
+            progress.report(step + 1, steps.stop)
+        except KeyboardInterrupt:
+            keep(step + 1)
+            raise
     # Site's own log: these figures derive from patients and go nowhere else.
-    logger.info("round %d: %d steps, loss %.4f, %d non-finite", round_number, num_steps, loss / num_steps, non_finite)
+    mean_loss = loss / max(1, len(steps))
+    logger.info("round %d: %d steps, loss %.4f, %d non-finite", number, len(steps), mean_loss, non_finite)
 
 
 def _draw(at: SiteStudy) -> RealBatch:
@@ -173,11 +194,11 @@ def _load_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def _save_state(folder: Path, source: str, trainer: GanTrainer, generator: Any, discriminator: Any) -> None:
+def _save_state(folder: Path, progress_made: dict[str, Any], trainer: GanTrainer, update: LocalUpdate) -> None:
     state = {
-        "source": source,
-        "generator": torch.from_numpy(generator),
-        "discriminator": torch.from_numpy(discriminator),
+        **progress_made,
+        "generator": torch.from_numpy(update.generator),
+        "discriminator": torch.from_numpy(update.discriminator),
         "generator_optimizer": trainer.generator_optimizer.state_dict(),
         "discriminator_optimizer": trainer.discriminator_optimizer.state_dict(),
     }

@@ -139,17 +139,19 @@ def test_another_round_or_state_is_trained_and_charged(change: str, tmp_path: Pa
     assert (first.discriminator != second.discriminator).any()
 
 
-@pytest.mark.parametrize("stopped_after", [1, 2])
-def test_interrupted_rounds_never_cost_more_than_the_plan(stopped_after: int, tmp_path: Path) -> None:
-    at = site_of(tmp_path)
-
+def stop_after(step: int, error: type[BaseException]) -> progress.Listener:
     def stop(done: int, total: int) -> None:
-        if done == stopped_after:
-            raise KeyboardInterrupt
+        if done == step:
+            raise error
 
-    with pytest.raises(KeyboardInterrupt), progress.listening(stop):
+    return stop
+
+
+def test_rounds_that_a_crash_cut_off_never_cost_more_than_the_plan(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    with pytest.raises(MemoryError), progress.listening(stop_after(1, MemoryError)):
         train_round(at, request_of(at.study, 1))
-    assert spent(tmp_path) == 2  # over-counted when stopped early, never under-counted
+    assert spent(tmp_path) == 2  # over-counted, never under-counted
     assert not (tmp_path / STATE_FILE).exists()
     train_round(at, request_of(at.study, 1))
     assert spent(tmp_path) == 4
@@ -158,6 +160,26 @@ def test_interrupted_rounds_never_cost_more_than_the_plan(stopped_after: int, tm
     with pytest.raises(BudgetExhausted):
         train_round(at, request_of(at.study, 3))
     assert spent(tmp_path) == 6
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_a_round_that_was_stopped_goes_on_under_its_own_charge(stopped_after: int, tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    request = request_of(at.study, 1)
+    with pytest.raises(KeyboardInterrupt), progress.listening(stop_after(stopped_after, KeyboardInterrupt)):
+        train_round(at, request)
+    assert spent(tmp_path) == 2
+    halfway = torch.load(tmp_path / STATE_FILE, weights_only=True)["discriminator"].numpy()
+    assert (halfway != 0).any()
+    made: list[int] = []
+    with progress.listening(lambda done, total: made.append(done)):
+        update = train_round(at, request)
+    assert made == [2][stopped_after - 1 :]  # the step that was left, or none
+    assert spent(tmp_path) == 2
+    assert (update.discriminator != halfway).any() == (stopped_after == 1)
+    # From another shared state nothing of it is used, and the round is charged anew.
+    train_round(at, request_of(at.study, 1, seed=1))
+    assert spent(tmp_path) == 4
 
 
 def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

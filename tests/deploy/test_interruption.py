@@ -98,6 +98,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(hospitals: dict[str, Path], tmp
 
     assert synthward("simulate", *hint.group(1).split()).status == 0
     after = check_completed(run, before)
+    assert after.rounds_completed == ROUNDS  # stopped between two steps, so nothing was lost
     assert all((site.epsilon or 0.0) >= old > 0 for site, old in zip(after.sites, epsilons, strict=True))
 
 

@@ -11,8 +11,15 @@ from server.aggregation import GanState
 
 
 def save(folder: Path, state: GanState) -> Path:
-    """Write the state as ``round-NNNN.pt``, atomically."""
+    """Write the state as ``round-NNNN.pt`` into ``folder``, which is made when absent."""
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"round-{state.round:04d}.pt"
+    write(path, state)
+    return path
+
+
+def write(path: Path, state: GanState) -> None:
+    """Write the state as ``path``, atomically."""
     content = {
         "round": state.round,
         "generator": torch.from_numpy(state.generator),
@@ -21,9 +28,7 @@ def save(folder: Path, state: GanState) -> Path:
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path = folder / f"round-{state.round:04d}.pt"
     write_atomically(path, buffer.getvalue())
-    return path
 
 
 def load(path: Path) -> GanState:

@@ -39,12 +39,15 @@ def synthesize(study: StudyConfig, generator: Vector, labels: NDArray[np.int64],
     return Synthetic(np.concatenate(images), labels)
 
 
-def sample_grid(study: StudyConfig, generator: Vector, rows: int = 6, columns: int = 8) -> NDArray[np.uint8]:
+def sample_grid(study: StudyConfig, generator: Vector, columns: int = 8) -> NDArray[np.uint8]:
     """A grid of synthetic images, (rows * size, columns * size) grey levels; with labels, whole rows share one.
+
+    Six rows, or one for each label where there are more.
 
     Latents are the study's own and the same for every generator, so that two grids compare image by image.
     """
     num_classes = study.image.num_classes
+    rows = max(6, num_classes)
     labels = np.repeat(np.arange(rows, dtype=np.int64) * num_classes // rows, columns)
     images = to_gray(synthesize(study, generator, labels, study.seed).images[:, 0])  # (rows * columns, size, size)
     size = study.image.size

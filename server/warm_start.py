@@ -44,8 +44,8 @@ def warm_start(study: StudyConfig, device: torch.device) -> WarmStart:
         path = cache_folder() / f"{_recipe_digest(study)}.pt"
         cached = path.exists()
         if not cached:
-            trained = train_on_phantoms(study, device)
-            checkpoints.save(path.parent, trained).replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.write(path, train_on_phantoms(study, device))
         source = f"public phantoms ({study.gan.warm_start_anatomy}), {study.gan.warm_start_steps} steps"
     else:
         path, cached = Path(study.gan.warm_start), False

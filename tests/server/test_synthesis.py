@@ -28,9 +28,9 @@ def test_an_image_depends_on_its_label_and_seed_only() -> None:
 
 
 def test_the_grid_has_the_same_image_at_the_same_place() -> None:
-    grid = sample_grid(STUDY, GENERATOR, rows=3, columns=4)
-    assert (grid.shape, grid.dtype) == ((3 * 28, 4 * 28), np.uint8)
-    labels = np.repeat([0, 1, 2], 4)
+    grid = sample_grid(STUDY, GENERATOR, columns=4)
+    assert (grid.shape, grid.dtype) == ((6 * 28, 4 * 28), np.uint8)
+    labels = np.repeat([0, 0, 1, 1, 2, 2], 4)  # three labels, six rows
     images = to_gray(synthesize(STUDY, GENERATOR, labels, STUDY.seed).images[:, 0])
     np.testing.assert_array_equal(grid[28:56, 56:84], images[1 * 4 + 2])
 

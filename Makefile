@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test quick check bench clean
+.PHONY: demo test quick check clean
 
 demo: $(STAMP)
 	$(BIN)/synthward simulate --phantom 150 --sites 3 --out runs/demo

@@ -1,14 +1,10 @@
 """What a site has spent in one study: a file that is written before the gradients it pays for."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import PrivacyError
-from common.files import write_atomically
+from common.files import locked, write_atomically
 from common.privacy import accounting
 from common.privacy.accounting import History, Mechanism
 
@@ -41,26 +37,16 @@ class SiteAccountant:
         history = accounting.append(self.history, mechanism)
         steps = [[m.sampling_probability, m.noise_multiplier, m.steps] for m in history]
         content = {"version": 1, "study_digest": self._study_digest, "mechanisms": steps}
-        with self._alone():
+        with locked(self._path.with_suffix(".lock")):
             if self._read() != self.history:
                 raise PrivacyError(f"{self._path} was changed by another process.", "Run one training at a time.")
-            write_atomically(self._path, json.dumps(content).encode())
+            write_atomically(self._path, json.dumps(content).encode(), mode=0o600)
         self.history = history
 
     @property
     def exists(self) -> bool:
         """Whether anything was ever charged."""
         return self._path.exists()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock beside the file, which the operating system drops when the process ends."""
-        descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
     def _read(self) -> History:
         if not self._path.exists():

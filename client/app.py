@@ -16,11 +16,10 @@ from client.log import site_log
 from client.settings import SiteSettings
 from common import wire
 from common.config import StudyConfig
-from common.errors import BadPeer, FederationError, SiteError
+from common.errors import INTERNAL, BadPeer, FederationError, SiteError
 from common.messages import EnrolRequest, Refusal, Reply, TrainRequest
 
 app = ClientApp()
-INTERNAL_ERROR = "internal"
 
 
 @app.query("enrol")
@@ -65,10 +64,11 @@ def _answer(
             reply = _guarded(
                 lambda: handle(message, StudyConfig.from_run_config(dict(context.run_config)), settings), log
             )
+        content = wire.pack(reply)
     except Exception as error:  # no settings or no log file: the console of the site's own process is left
         print(f"synthward: {error}", file=sys.stderr)
-        reply = Refusal(error.code if isinstance(error, FederationError) else INTERNAL_ERROR)
-    return Message(wire.pack(reply), reply_to=message)
+        content = wire.pack(Refusal(error.code if isinstance(error, FederationError) else INTERNAL))
+    return Message(content, reply_to=message)
 
 
 def _guarded(handle: Callable[[], Reply], log: logging.Logger) -> Reply:
@@ -79,8 +79,8 @@ def _guarded(handle: Callable[[], Reply], log: logging.Logger) -> Reply:
         log.error("%s: %s", error.code, error)
         return Refusal(error.code)
     except Exception as error:
-        log.exception("%s: %s", INTERNAL_ERROR, type(error).__name__)
-        return Refusal(INTERNAL_ERROR)
+        log.exception("%s: %s", INTERNAL, type(error).__name__)
+        return Refusal(INTERNAL)
 
 
 def _check_study(digest: str, study: StudyConfig) -> None:

@@ -8,17 +8,20 @@ from typing import Any
 
 from client.data import cohort, slices
 from client.data.inventory import Inventory, take_inventory
+from client.data.records import Refusal
 from client.settings import SiteSettings
 from client.training import SiteStudy
 from common.config import StudyConfig
 from common.errors import SiteError
-from common.files import write_atomically
+from common.files import locked, write_atomically
 from common.messages import Enrolment
 from common.privacy.plan import check_delta
 
 logger = logging.getLogger("synthward.site")
-CHECK_FILE, REFUSED_FILE, PREPARED, STUDIES = "data-check.json", "refused.json", "prepared", "studies"
+CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json", "holdout.json"
+PREPARED, STUDIES, PREPARED_LINK = "prepared", "studies", "prepared.json"
 TRAINING, HELD_OUT = "training", "held_out"
+CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
 DataCheck = dict[str, Any]
 
 
@@ -27,20 +30,31 @@ def enrol(settings: SiteSettings, study: StudyConfig) -> Enrolment:
 
     Raises:
         SiteError: the data are refused as a whole, or there are fewer patients than the study's minimum.
+        PrivacyError: the study's delta is too large for this site.
         ConfigError: the study has no contract with this site.
     """
     study.contracted_split(settings.name)
     prepare_data(settings, study)
+    prepared = settings.folder / PREPARED / str(_read_json(settings.folder / CHECK_FILE)["fingerprint"])
+    write_atomically(
+        _study_folder(settings, study) / PREPARED_LINK, json.dumps(str(prepared.name)).encode(), mode=0o600
+    )
     key = cohort.holdout_key(settings.folder)
     return Enrolment(settings.name, cohort.commitment(key), settings.record_is_patient)
 
 
 def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
-    """The study at this site, as ``enrol`` left it: cheap, for every round. Raises SiteError when it never enrolled."""
-    folder = settings.folder / STUDIES / study.digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    """The study at this site with the images it enrolled with: cheap, for every round.
+
+    Raises:
+        SiteError: the site never enrolled in this study, or its prepared images are gone.
+    """
+    folder = _study_folder(settings, study)
     num_patients, _ = study.contracted_split(settings.name)
-    prepared = slices.reopen(settings.folder / PREPARED, name=TRAINING)
+    if not (folder / PREPARED_LINK).exists():
+        raise SiteError(f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again.")
+    name = json.loads((folder / PREPARED_LINK).read_bytes())
+    prepared = slices.reopen(settings.folder / PREPARED / name, name=TRAINING)
     return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device)
 
 
@@ -53,11 +67,8 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
         SiteError: unusable data folder, or fewer patients than ``federation.minimum_patients``.
         PrivacyError: the study's delta is too large for this many patients.
     """
-    fingerprint = _fingerprint(settings, study)
-    known = _read_check(settings.folder)
-    contracted = study.federation.contracted_patients.get(settings.name, known.get("contracted_patients"))
-    if known.get("fingerprint") != fingerprint or known.get("contracted_patients") != contracted:
-        known = _check_and_prepare(settings, study, fingerprint)
+    with locked(settings.folder / "enrolment.lock"):
+        known = _prepared_already(settings, study)
     num_patients = int(known["accepted_patients"])
     if num_patients < study.federation.minimum_patients:
         raise SiteError(
@@ -65,11 +76,25 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
             "Add patients, correct what `synthward data check` refuses, or lower federation.minimum_patients.",
         )
     if study.privacy.enabled:
-        check_delta(study.privacy.delta, num_patients)
+        check_delta(study.privacy.delta, study.federation.contracted_patients.get(settings.name, num_patients))
     return num_patients
 
 
-def _check_and_prepare(settings: SiteSettings, study: StudyConfig, fingerprint: str) -> DataCheck:
+def _prepared_already(settings: SiteSettings, study: StudyConfig) -> DataCheck:
+    if (settings.folder / PREPARED).exists() and not (settings.folder / cohort.KEY_NAME).exists():
+        raise SiteError(
+            f"{settings.folder / cohort.KEY_NAME} is gone: with another key, patients held out would be trained on.",
+            "Restore the key. Without it, begin with a new site folder and a new budget.",
+        )
+    key = cohort.holdout_key(settings.folder)
+    fingerprint = _fingerprint(settings, study, cohort.commitment(key))
+    known = _read_json(settings.folder / CHECK_FILE)
+    if known.get("fingerprint") == fingerprint and (settings.folder / PREPARED / fingerprint).exists():
+        return known
+    return _check_and_prepare(settings, study, key, fingerprint)
+
+
+def _check_and_prepare(settings: SiteSettings, study: StudyConfig, key: bytes, fingerprint: str) -> DataCheck:
     image = study.image
     inventory = take_inventory(
         settings.data,
@@ -78,51 +103,77 @@ def _check_and_prepare(settings: SiteSettings, study: StudyConfig, fingerprint: 
         record_is_patient=settings.record_is_patient,
         patients=settings.patients,
     )
-    num_patients = len(inventory.patients)
-    contracted = study.federation.contracted_patients.get(settings.name, num_patients)
-    divided = cohort.split(inventory, cohort.holdout_key(settings.folder), contracted)
+    contracted = study.federation.contracted_patients.get(settings.name, len(inventory.patients))
+    divided = cohort.split(inventory, key, _first_contract(settings.folder, contracted))
+    num_patients, refusals = 0, list(inventory.refusals)
+    # Held-out patients are prepared now as well: the audit compares them with images made from this very state.
     for name, patients in ((TRAINING, divided.training), (HELD_OUT, divided.held_out)):
-        slices.prepare(
+        prepared = slices.prepare(
             patients,
-            settings.folder / PREPARED,
+            settings.folder / PREPARED / fingerprint,
             image_size=image.size,
             channels=image.channels,
             name=name,
             labels=image.labels,
         )
+        num_patients += prepared.num_patients
+        refusals += prepared.refusals
     known = {
         "fingerprint": fingerprint,
-        "contracted_patients": contracted,
-        "accepted_records": len(inventory.records),
+        "accepted_records": len(inventory.records) - (len(refusals) - len(inventory.refusals)),
         "accepted_patients": num_patients,
-        "refused": inventory.refusal_counts(),
+        "refused": _counts(refusals),
         "notes": len(inventory.notes),
     }
-    _write_refused(settings.folder, inventory)
+    _write_refused(settings.folder, inventory, refusals)
     write_atomically(settings.folder / CHECK_FILE, json.dumps(known, indent=2).encode(), mode=0o600)
     return known
 
 
-def _write_refused(folder: Path, inventory: Inventory) -> None:
+def _first_contract(folder: Path, contracted: int) -> int:
+    """The contracted size at the site's first split: it fixes the share, so that no later study moves a patient."""
+    path = folder / FIRST_CONTRACT_FILE
+    if not path.exists():
+        write_atomically(path, json.dumps({"contracted_patients": contracted}).encode(), mode=0o600)
+    return int(_read_json(path)["contracted_patients"])
+
+
+def _write_refused(folder: Path, inventory: Inventory, refusals: list[Refusal]) -> None:
     """The whole inventory, for the site's engineer: it names files."""
-    write_atomically(folder / REFUSED_FILE, json.dumps(inventory.to_json(), indent=2).encode(), mode=0o600)
-    logger.info("accepted %d records, refused %d files", len(inventory.records), len(inventory.refusals))
+    content = inventory.to_json() | {
+        "num_refused": len(refusals),
+        "refusal_counts": _counts(refusals),
+        "refusals": [{"file": r.file, "code": r.code, "reason": r.reason} for r in refusals],
+    }
+    write_atomically(folder / REFUSED_FILE, json.dumps(content, indent=2).encode(), mode=0o600)
+    logger.info("accepted %d records, refused %d files", len(inventory.records), len(refusals))
 
 
-def _read_check(folder: Path) -> DataCheck:
+def _counts(refusals: list[Refusal]) -> dict[str, int]:
+    codes = [refusal.code for refusal in refusals]
+    return {code: codes.count(code) for code in sorted(set(codes))}
+
+
+def _read_json(path: Path) -> DataCheck:
     try:
-        return dict(json.loads((folder / CHECK_FILE).read_bytes()))
+        return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return {}
 
 
-def _fingerprint(settings: SiteSettings, study: StudyConfig) -> str:
-    """Changes when a file, the settings or what the study wants of an image changes."""
-    digest = hashlib.sha256()
-    for fact in (settings.model_dump_json(exclude={"device"}), study.image.model_dump_json()):
+def _study_folder(settings: SiteSettings, study: StudyConfig) -> Path:
+    folder = settings.folder / STUDIES / study.digest[:16]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _fingerprint(settings: SiteSettings, study: StudyConfig, commitment: str) -> str:
+    """Changes when a file, the settings, the hold-out key or what the study wants of an image changes."""
+    digest = hashlib.sha256(f"{CHECKS_VERSION}\0{commitment}\0".encode())
+    for fact in (settings.model_dump_json(exclude={"device", "folder"}), study.image.model_dump_json()):
         digest.update(fact.encode() + b"\0")
     for path in sorted(settings.data.rglob("*")) if settings.data.is_dir() else ():
         if path.is_file():
             status = path.stat()
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]

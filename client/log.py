@@ -1,6 +1,7 @@
 """The site's own log: ``site.log`` in the site's folder. It may name files and patients, so it never leaves."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ def site_log(folder: Path) -> Iterator[logging.Logger]:
 
     Sites of a simulation are threads of one process: each record goes to the file of its own thread's site only.
     """
+    os.close(os.open(folder / FILE_NAME, os.O_WRONLY | os.O_CREAT, 0o600))  # it names files: for its owner only
     handler = logging.FileHandler(folder / FILE_NAME, delay=True)
     handler.addFilter(lambda record: _current.get() == folder)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -2,16 +2,16 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.config import SiteName
 from common.errors import ConfigError, SiteError
 from common.files import write_atomically
 
 FILE_NAME = "site.toml"
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class SiteSettings(BaseModel):
@@ -60,7 +60,7 @@ class SiteSettings(BaseModel):
             raise SiteError(f"{path} has missing, unknown or wrong keys: {keys}.", "Correct these keys.") from None
 
     def save(self) -> None:
-        """Write ``site.toml`` into the site's folder, which is made when absent."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``site.toml`` into the site's folder, which is made when absent, for its owner's eyes only."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tree = self.model_dump(mode="json", exclude={"folder"}, exclude_none=True)
         write_atomically(self.folder / FILE_NAME, tomli_w.dumps(tree).encode(), mode=0o600)

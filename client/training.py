@@ -17,12 +17,13 @@ from client.data.slices import PreparedCohort
 from common import progress
 from common.config import StudyConfig
 from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
-from common.files import write_atomically
+from common.files import locked, write_atomically
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
 from common.messages import LocalUpdate, TrainRequest
 from common.privacy.accounting import Mechanism
+from common.privacy.accounting import num_steps as num_steps_of
 from common.privacy.plan import PrivacyPlan, check_delta, make_plan
 from common.privacy.sampling import draw_patients
 
@@ -57,6 +58,12 @@ class SiteStudy:
 
 
 def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
+    """Train one round, one process at a time: two would release two updates under one charge. See ``_train_round``."""
+    with locked(at.folder / "training.lock"):
+        return _train_round(at, request)
+
+
+def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     """Train both networks for one round and return their differences.
 
     A round that this site has already finished from the same shared state is answered again from its state file: the
@@ -71,7 +78,7 @@ def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     """
     plan = make_plan(at.study)
     if plan is not None:
-        check_delta(plan.delta, at.num_patients)
+        check_delta(plan.delta, at.study.federation.contracted_patients[at.site])
     accountant = SiteAccountant(at.folder, at.study.digest)
     saved = _load_state(at.folder)
     if saved is not None and plan is not None and not accountant.exists:
@@ -110,7 +117,7 @@ def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyCo
     """Charge this round's steps before the first gradient. Returns how many steps the plan still allows."""
     if plan is None:
         return study.federation.local_steps
-    spent = sum(mechanism.steps for mechanism in accountant.history)
+    spent = num_steps_of(accountant.history)
     num_steps = min(study.federation.local_steps, plan.mechanism.steps - spent)
     if num_steps < 1:
         raise BudgetExhausted(

@@ -15,6 +15,9 @@ site: the rest can name files and patients.
 
 from typing import ClassVar
 
+INTERNAL = "internal"
+"""The code of whatever was not foreseen: a defect, whose text stays where it happened."""
+
 
 class FederationError(Exception):
     """Base of all errors that an operator can act on.

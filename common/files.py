@@ -1,7 +1,10 @@
-"""Writing files so that a crash leaves either the old content or the new one, never half of it."""
+"""Writing files so that a crash leaves either the old content or the new one, and one process at a time."""
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,3 +33,17 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the only process, and the only thread, inside a block with this path. Waits for its turn.
+
+    The operating system drops the lock when the process ends, however it ends.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

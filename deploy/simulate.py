@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.app import INTERNAL_ERROR
 from client.log import site_log
 from client.settings import SiteSettings
 from common import progress
 from common.config import StudyConfig
-from common.errors import ConfigError, FederationError, SiteError
+from common.errors import INTERNAL, ConfigError, FederationError, SiteError
 from deploy.local_grid import LocalGrid, UserConfig
 from deploy.progress_bars import ProgressBars
 
@@ -82,7 +81,7 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
         try:
             num_patients = _prepare(settings, study)
         except Exception as error:  # one site's trouble does not end the run
-            refused[settings.name] = error.code if isinstance(error, FederationError) else INTERNAL_ERROR
+            refused[settings.name] = error.code if isinstance(error, FederationError) else INTERNAL
             reasons.append(f"{settings.name}: {error}")
             bars.say(f"{settings.name} takes no part: {error}")
             continue

@@ -28,7 +28,7 @@ from common.config import holdout_share
 from common.errors import SiteError
 
 _KEY_BYTES = 32
-_KEY_NAME = "holdout.key"
+KEY_NAME = "holdout.key"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def holdout_key(folder: Path) -> bytes:
     Raises:
         SiteError: the key file is damaged, readable by others, or cannot be made.
     """
-    path = folder / _KEY_NAME
+    path = folder / KEY_NAME
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():

@@ -97,7 +97,7 @@ def take_inventory(
         label_column: column of the folder's table that holds the labels; None for none.
         labels: the study's labels; with a column, an image with another label or none is refused. Empty: any.
         record_is_patient: see the module's guarantee. Images with a known patient id keep it.
-        patients: only these take part, and images of others are neither read nor refused; None for all.
+        patients: only these take part, and images of others are not read; None for all.
 
     Returns:
         The inventory. It may hold no record at all, and then says why.

@@ -1,6 +1,6 @@
 """Generator and discriminator of the DCGAN family (Radford et al. 2016), conditional on a label.
 
-Another family is another pair of ``build_*`` branches: the trainer only needs a generator ``(latent (B, latent_size),
+Another family is another pair of branches in ``build_*``: the trainer only needs a generator ``(latent (B, latent_size),
 label (B,)) -> images (B, channels, size, size) in [-1, 1]`` and a discriminator ``(images, label) -> logits (B,)``.
 """
 
@@ -19,14 +19,18 @@ MAX_WIDTH_FACTOR = 8
 def build_generator(study: StudyConfig) -> nn.Module:
     """Generator of the study, freshly initialised from torch's global random state."""
     gan, image = study.gan, study.image
-    return DcganGenerator(gan.latent_size, image.num_classes, gan.generator_width, image.channels, image.size)
+    match gan.family:
+        case "dcgan":
+            return DcganGenerator(gan.latent_size, image.num_classes, gan.generator_width, image.channels, image.size)
 
 
 def build_discriminator(study: StudyConfig) -> nn.Module:
     """Discriminator of the study. No layer mixes samples: one patient's gradient depends on that patient alone."""
     gan, image = study.gan, study.image
-    normalize = gan.discriminator_normalization == "group"
-    return DcganDiscriminator(image.num_classes, gan.discriminator_width, image.channels, image.size, normalize)
+    match gan.family:
+        case "dcgan":
+            normalize = gan.discriminator_normalization == "group"
+            return DcganDiscriminator(image.num_classes, gan.discriminator_width, image.channels, image.size, normalize)
 
 
 class DcganGenerator(nn.Module):

@@ -2,9 +2,9 @@
 
     python -m deploy.bench.cohorts --patients 100 300 1000 --epsilon 1 8 [--sites 3]
 
-Phantom hospitals of growing size train the built-in phantom study from the same warm start. Prints, for each pair, the
-Phantom hospitals of growing size train the built-in phantom study from one warm start. Prints, for each pair, the
-The flow of a round runs without Flower, so that what is measured is the training alone.
+Phantom hospitals of growing size train the built-in phantom study from one warm start. Prints, for each pair, the noise
+multiplier, the distance and the seconds. The flow of a round runs
+without Flower, so that what is measured is the training alone.
 """
 
 import argparse

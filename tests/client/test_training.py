@@ -1,5 +1,6 @@
 """One round at a site: charged first, trained from the shared state, answered again for nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,8 @@ def test_a_damaged_accountant_stops_the_site(tmp_path: Path) -> None:
 
 def test_a_delta_too_large_for_the_site_stops_it_before_it_spends(tmp_path: Path) -> None:
     study = study_of(privacy={"delta": 0.009, "epsilon": 5.0, "sampling_probability": 1.0})
-    at = training.SiteStudy(study, "north", tmp_path, cohort_of(), 12, "cpu")
+    study = study.with_changes("federation", contracted_patients={"north": 12})  # 1 / (10 x 12) is 0.0083
+    at = training.SiteStudy(study, "north", tmp_path, cohort_of(), 8, "cpu")
     with pytest.raises(PrivacyError, match="delta"):
         train_round(at, request_of(study))
     assert not (tmp_path / FILE_NAME).exists()
@@ -324,3 +326,13 @@ def test_every_step_draws_patients_afresh(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(training, "draw_patients", counting)
     train_round(site_of(tmp_path), request_of(study_of()))
     assert calls == [(8, 1.0), (8, 1.0)]
+
+
+def test_two_processes_release_one_update_under_one_charge(tmp_path: Path) -> None:
+    # Both are asked for the same round at once: one trains, the other waits and repeats the answer.
+    at = site_of(tmp_path)
+    request = request_of(at.study, 1)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: train_round(at, request), range(2))
+    assert_same(first, second)
+    assert spent(tmp_path) == 2

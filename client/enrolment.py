@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from client.data import cohort, slices
-from client.data.inventory import Inventory, take_inventory
-from client.data.records import Refusal
+from client.data.inventory import take_inventory
 from client.settings import SiteSettings
 from client.training import SiteStudy
 from common.config import StudyConfig
@@ -105,28 +104,27 @@ def _check_and_prepare(settings: SiteSettings, study: StudyConfig, key: bytes, f
     )
     contracted = study.federation.contracted_patients.get(settings.name, len(inventory.patients))
     divided = cohort.split(inventory, key, _first_contract(settings.folder, contracted))
-    num_patients, refusals = 0, list(inventory.refusals)
     # Held-out patients are prepared now as well: the audit compares them with images made from this very state.
     for name, patients in ((TRAINING, divided.training), (HELD_OUT, divided.held_out)):
         prepared = slices.prepare(
             patients,
             settings.folder / PREPARED / fingerprint,
             image_size=image.size,
-            channels=image.channels,
             name=name,
             labels=image.labels,
         )
-        num_patients += prepared.num_patients
-        refusals += prepared.refusals
+        inventory = inventory.with_refusals(prepared.refusals)
     known = {
         "fingerprint": fingerprint,
-        "accepted_records": len(inventory.records) - (len(refusals) - len(inventory.refusals)),
-        "accepted_patients": num_patients,
-        "refused": _counts(refusals),
+        "accepted_records": len(inventory.records),
+        "accepted_patients": len(inventory.patients),
+        "refused": inventory.refusal_counts(),
         "notes": len(inventory.notes),
     }
-    _write_refused(settings.folder, inventory, refusals)
+    # The whole inventory is for the site's engineer: it names files.
+    write_atomically(settings.folder / REFUSED_FILE, json.dumps(inventory.to_json(), indent=2).encode(), mode=0o600)
     write_atomically(settings.folder / CHECK_FILE, json.dumps(known, indent=2).encode(), mode=0o600)
+    logger.info("accepted %d records, refused %d files", len(inventory.records), len(inventory.refusals))
     return known
 
 
@@ -136,22 +134,6 @@ def _first_contract(folder: Path, contracted: int) -> int:
     if not path.exists():
         write_atomically(path, json.dumps({"contracted_patients": contracted}).encode(), mode=0o600)
     return int(_read_json(path)["contracted_patients"])
-
-
-def _write_refused(folder: Path, inventory: Inventory, refusals: list[Refusal]) -> None:
-    """The whole inventory, for the site's engineer: it names files."""
-    content = inventory.to_json() | {
-        "num_refused": len(refusals),
-        "refusal_counts": _counts(refusals),
-        "refusals": [{"file": r.file, "code": r.code, "reason": r.reason} for r in refusals],
-    }
-    write_atomically(folder / REFUSED_FILE, json.dumps(content, indent=2).encode(), mode=0o600)
-    logger.info("accepted %d records, refused %d files", len(inventory.records), len(refusals))
-
-
-def _counts(refusals: list[Refusal]) -> dict[str, int]:
-    codes = [refusal.code for refusal in refusals]
-    return {code: codes.count(code) for code in sorted(set(codes))}
 
 
 def _read_json(path: Path) -> DataCheck:

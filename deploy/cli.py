@@ -18,7 +18,8 @@ EXAMPLES = """examples:
   synthward simulate --resume runs/try                      go on after Ctrl-C
   synthward generate runs/try --count 100 --out images      draw synthetic images
 
-exit status: 0 done, 2 wrong usage or configuration, 3 refused by a site, 4 the protocol failed, 130 interrupted"""
+exit status: 0 done, 1 a defect (please report it), 2 wrong usage or configuration, 3 refused by a site,
+4 the federation failed, 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -158,7 +159,7 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     simulate.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default runs/NAME-OF-STUDY)")
     simulate.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default auto)"
+        "--device", choices=("auto", "cpu", "cuda"), help="where to compute (default auto; as before with --resume)"
     )
     simulate.add_argument(
         "--seed", type=_seed, metavar="N", help="seed of weights and latents; never of noise or sampling"
@@ -179,21 +180,26 @@ def _simulate(options: argparse.Namespace) -> None:
         )
     if sources[0] in ("site", "resume") and options.sites is not None:
         raise ConfigError(f"--sites does not go with --{sources[0]}.", "Leave it out.")
-    from deploy.runs import new_run, resume_run
+    from deploy import runs
 
+    study = None if options.resume else runs.choose_study(options)
+    out = options.resume if study is None else options.out or Path("runs") / study.name
     try:
-        out = resume_run(options) if sources[0] == "resume" else new_run(options)
+        if study is None:
+            runs.resume_run(options)
+        else:
+            runs.new_run(options, study, out)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_after_interruption(options.resume or options.out)) from None
+        raise KeyboardInterrupt(_after_interruption(out)) from None
     print(out / "report.html")
 
 
-def _after_interruption(folder: Path | None) -> str:
+def _after_interruption(out: Path) -> str:
     from deploy.simulate import can_resume
 
-    if folder is None or not can_resume(folder):
+    if not can_resume(out):
         return "Interrupted before training began; nothing was spent. Start again with another --out."
-    return f"Interrupted; completed rounds are kept. Go on with: synthward simulate --resume {folder}"
+    return f"Interrupted; completed rounds are kept. Go on with: synthward simulate --resume {out}"
 
 
 # ---------------------------------------------------------------- generate

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from common.config import StudyConfig
 from common.errors import ConfigError
 from server import checkpoints
 from server.record import RunRecord
-from server.synthesis import Synthetic, synthesize, to_gray
+from server.synthesis import Synthetic, save_png, synthesize, to_gray
 
 
 def generate(run_folder: Path, count: int, out: Path, label: str | None, image_format: str, seed: int) -> Path:
@@ -32,9 +30,9 @@ def generate(run_folder: Path, count: int, out: Path, label: str | None, image_f
     synthetic = synthesize(study, state.generator_average, labels, seed)
     out.mkdir(parents=True, exist_ok=True)
     if image_format == "png":
-        names = _write_pngs(out, synthetic, f"SYNTHETIC image. {run.notice}")
+        names = _write_pngs(out, synthetic, run.notice)
     else:
-        names = _write_niftis(out, synthetic, "SYNTHETIC" if run.private else "SYNTHETIC, NOT PRIVATE")
+        names = _write_niftis(out, synthetic, _short_notice(run))
     with (out / "images.tsv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["filename", "label", "synthetic", "notice"])
@@ -56,11 +54,16 @@ def _labels(study: StudyConfig, count: int, label: str | None) -> NDArray[np.int
 
 def _write_pngs(out: Path, synthetic: Synthetic, notice: str) -> list[str]:
     names = [f"synthetic-{number:06d}.png" for number in range(len(synthetic.images))]
-    text = PngInfo()
-    text.add_text("Description", notice)
     for name, pixels in zip(names, to_gray(synthetic.images[:, 0]), strict=True):
-        Image.fromarray(pixels).save(out / name, pnginfo=text)
+        save_png(out / name, pixels, notice)
     return names
+
+
+def _short_notice(run: RunRecord) -> str:
+    """The notice for a NIfTI header, which holds 80 characters."""
+    if not run.private:
+        return "SYNTHETIC; NOT PRIVATE"
+    return f"SYNTHETIC; DP, unit: one {'image' if any(site.record_is_patient for site in run.sites) else 'patient'}"
 
 
 def _write_niftis(out: Path, synthetic: Synthetic, notice: str) -> list[str]:

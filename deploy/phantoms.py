@@ -2,18 +2,15 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from common.errors import ConfigError
 from common.phantom.brain import affine, draw_anatomy, render_volume, site_look
-from common.phantom.chest import draw_radiographs
 
 _FULL_SCALE = 1000.0  # signal 1 in the integers of a volume
 
@@ -45,59 +42,6 @@ def write_bids(
     Raises:
         ConfigError: a site's folder exists and is not empty, or cannot be written.
     """
-
-    def write_site(site: int, path: Path) -> None:
-        look = site_look(_site_seed(seed, site), skull_stripped=skull_stripped)
-        groups = _groups(seed, site, patients, "lesion", "healthy")
-        subjects = [f"sub-{name}" for name in _names(site, patients)]
-        for number, (subject, group) in enumerate(zip(subjects, groups, strict=True)):
-            rng = np.random.default_rng([seed, site, number])
-            anatomy = draw_anatomy(rng, lesion=group == "lesion")
-            volume = render_volume(anatomy, look, shape, rng=rng)
-            anat = path / subject / "anat"
-            anat.mkdir(parents=True)
-            voxels = np.rint(volume * _FULL_SCALE).astype(np.int16)
-            _write_nifti(anat / f"{subject}_T1w.nii.gz", voxels, affine(look, shape))
-        _write_bids_tables(path, site, subjects, groups, np.random.default_rng([seed, site, 0, 1]))
-
-    return _write_sites(folder, sites, patients, write_site)
-
-
-def write_radiographs(folder: Path, *, sites: int, patients: int, seed: int, size: int = 128) -> list[Path]:
-    """Chest radiographs as PNG with a table ``images.tsv``, one of each patient; half the patients have opacities.
-
-    Args:
-        folder: where the sites' folders go; made when absent.
-        sites: number of sites, 1 or more.
-        patients: patients at each site, 1 or more.
-        seed: 0 or more; equal seeds write equal files.
-        size: pixels along each side.
-
-    Returns:
-        The sites' folders.
-
-    Raises:
-        ConfigError: a site's folder exists and is not empty, or cannot be written.
-    """
-
-    def write_site(site: int, path: Path) -> None:
-        groups = _groups(seed, site, patients, "opacity", "clear")
-        (path / "images").mkdir()
-        lines = ["filename\tpatient_id\tlabel"]
-        # Sites develop their films differently.
-        gamma = float(np.exp(np.random.default_rng(_site_seed(seed, site)).uniform(-0.3, 0.3)))
-        for number, (name, group) in enumerate(zip(_names(site, patients), groups, strict=True)):
-            rng = np.random.default_rng([seed, site, number])
-            film = draw_radiographs(rng, 1, size, opacity=np.array([group == "opacity"]))[0, 0]
-            pixels = np.rint(255 * ((film + 1) / 2) ** gamma).astype(np.uint8)
-            Image.fromarray(pixels).save(path / "images" / f"{name}.png")
-            lines.append(f"images/{name}.png\t{name}\t{group}")
-        (path / "images.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    return _write_sites(folder, sites, patients, write_site)
-
-
-def _write_sites(folder: Path, sites: int, patients: int, write_site: Callable[[int, Path], None]) -> list[Path]:
     if sites < 1 or patients < 1:
         raise ConfigError(f"Expected at least 1 site and 1 patient, found {sites} and {patients}.", "Ask for more.")
     paths = [folder / f"site-{site}" for site in range(1, sites + 1)]
@@ -110,7 +54,7 @@ def _write_sites(folder: Path, sites: int, patients: int, write_site: Callable[[
                 )
         for site, path in enumerate(paths, start=1):
             path.mkdir(parents=True, exist_ok=True)
-            write_site(site, path)
+            _write_site(path, site, patients, seed, shape, skull_stripped)
     except OSError as error:
         raise ConfigError(
             f"Cannot write {error.filename or folder}: {error.strerror}.", "Name another folder."
@@ -118,14 +62,27 @@ def _write_sites(folder: Path, sites: int, patients: int, write_site: Callable[[
     return paths
 
 
-def _site_seed(seed: int, site: int) -> int:
-    return seed * 1000 + site
+def _write_site(
+    path: Path, site: int, patients: int, seed: int, shape: tuple[int, int, int], skull_stripped: bool
+) -> None:
+    look = site_look(seed * 1000 + site, skull_stripped=skull_stripped)
+    groups = _groups(seed, site, patients)
+    subjects = [f"sub-{name}" for name in _names(site, patients)]
+    for number, (subject, group) in enumerate(zip(subjects, groups, strict=True)):
+        rng = np.random.default_rng([seed, site, number])
+        anatomy = draw_anatomy(rng, lesion=group == "lesion")
+        volume = render_volume(anatomy, look, shape, rng=rng)
+        anat = path / subject / "anat"
+        anat.mkdir(parents=True)
+        voxels = np.rint(volume * _FULL_SCALE).astype(np.int16)
+        _write_nifti(anat / f"{subject}_T1w.nii.gz", voxels, affine(look, shape))
+    _write_bids_tables(path, site, subjects, groups, np.random.default_rng([seed, site, 0, 1]))
 
 
-def _groups(seed: int, site: int, patients: int, ill: str, well: str) -> list[str]:
-    """Ill and well patients, one of each in every pair of neighbours, in a random order."""
+def _groups(seed: int, site: int, patients: int) -> list[str]:
+    """Patients with a lesion and healthy ones, one of each in every pair of neighbours, in a random order."""
     pairs = np.random.default_rng([seed, site, 0, 2]).random(2 * patients) < 0.5
-    return [ill if pairs[number // 2] == bool(number % 2) else well for number in range(patients)]
+    return ["lesion" if pairs[number // 2] == bool(number % 2) else "healthy" for number in range(patients)]
 
 
 def _names(site: int, patients: int) -> list[str]:

@@ -13,31 +13,8 @@ EXAMPLES = Path(__file__).parent / "examples"
 DEFAULT_SITES = 3
 
 
-def new_run(options: argparse.Namespace) -> Path:
-    """Start a new run. Returns its folder. Raises ConfigError, SiteError, ProtocolError, KeyboardInterrupt."""
-    study = _study(options)
-    out: Path = options.out or Path("runs") / study.name
-    options.out = out
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty.", "Give another --out, or continue that run with --resume.")
-    sites = _sites(options, out, study)
-    simulate(Simulation(study, sites, out, options.device))
-    return out
-
-
-def resume_run(options: argparse.Namespace) -> Path:
-    """Go on with a run. Returns its folder."""
-    fixed = [name for name in ("study", "rounds", "seed", "out") if getattr(options, name) is not None]
-    if fixed:
-        raise ConfigError(
-            f"--resume goes on with the run's own study: {', '.join(fixed)} cannot change.", "Leave them out."
-        )
-    resume(options.resume, options.device)
-    folder: Path = options.resume
-    return folder
-
-
-def _study(options: argparse.Namespace) -> StudyConfig:
+def choose_study(options: argparse.Namespace) -> StudyConfig:
+    """The study of a new run: the file given or the built-in one, with what the options change."""
     path = options.study or EXAMPLES / f"{_kind_of_data(options)}.toml"
     study = StudyConfig.from_toml(path)
     if options.seed is not None:
@@ -45,6 +22,24 @@ def _study(options: argparse.Namespace) -> StudyConfig:
     if options.rounds is not None:
         study = study.with_changes("federation", rounds=options.rounds)
     return study
+
+
+def new_run(options: argparse.Namespace, study: StudyConfig, out: Path) -> None:
+    """Start a new run in the folder ``out``. Raises ConfigError, SiteError, ProtocolError, KeyboardInterrupt."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty.", "Give another --out, or continue that run with --resume.")
+    device = options.device or "auto"
+    simulate(Simulation(study, _sites(options, out, study, device), out, device))
+
+
+def resume_run(options: argparse.Namespace) -> None:
+    """Go on with a run."""
+    fixed = [name for name in ("study", "rounds", "seed", "out") if getattr(options, name) is not None]
+    if fixed:
+        raise ConfigError(
+            f"--resume goes on with the run's own study: {', '.join(fixed)} cannot change.", "Leave them out."
+        )
+    resume(options.resume, options.device)
 
 
 def _kind_of_data(options: argparse.Namespace) -> str:
@@ -57,7 +52,7 @@ def _kind_of_data(options: argparse.Namespace) -> str:
     return "chest-xray" if pictures and not volumes else "brain-t1"
 
 
-def _sites(options: argparse.Namespace, out: Path, study: StudyConfig) -> list[SiteSettings]:
+def _sites(options: argparse.Namespace, out: Path, study: StudyConfig, device: str) -> list[SiteSettings]:
     """Settings of every site; its folder is under the run's."""
     patients: dict[str, tuple[str, ...]] = {}
     if options.phantom is not None:
@@ -81,7 +76,7 @@ def _sites(options: argparse.Namespace, out: Path, study: StudyConfig) -> list[S
             data=path.resolve(),
             folder=(out / "sites" / name).resolve(),
             record_is_patient=options.record_is_patient,
-            device=options.device,
+            device=device,
             patients=patients.get(name),
         )
         for name, path in data.items()

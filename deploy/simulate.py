@@ -1,7 +1,9 @@
 """The one-machine federation: prepare the sites' folders, then run server and sites of one study in this process."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from client.settings import SiteSettings
 from common import progress
 from common.config import StudyConfig
 from common.errors import INTERNAL, ConfigError, FederationError, SiteError
+from common.files import write_atomically
 from deploy.local_grid import LocalGrid, UserConfig
 from deploy.progress_bars import ProgressBars
 
-STUDY_FILE = "study.toml"
+STUDY_FILE, REFUSED_FILE = "study.toml", "refused-sites.json"
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,48 @@ def simulate(simulation: Simulation) -> None:
     """
     with ProgressBars() as bars:
         study, refused = _prepare_sites(simulation, bars)
+        write_atomically(simulation.out / REFUSED_FILE, json.dumps(refused).encode())
         study.save(simulation.out / STUDY_FILE)
-        _run(study, simulation.out, simulation.device, resume=False, refused=refused, bars=bars)
+        _run(study, simulation.out, simulation.device, resume=False, bars=bars)
 
 
-def resume(out: Path, device: str) -> None:
-    """Go on with a simulation from its last checkpoint. Raises like ``simulate``."""
+def resume(out: Path, device: str | None) -> None:
+    """Go on with a simulation from its last checkpoint, on the sites' own device or another. Raises like ``simulate``.
+
+    Args:
+        out: the run's folder.
+        device: ``auto``, ``cpu`` or ``cuda`` from now on; None for what the sites' settings say.
+    """
     if not can_resume(out):
         raise ConfigError(
             f"{out} holds no run to go on with: no {STUDY_FILE}, which is written when all data are checked.",
             "Give the folder that --out of `synthward simulate` named, or start again with another --out.",
         )
     study = StudyConfig.from_toml(out / STUDY_FILE)
+    device = _use_device(study, out, device)
     with ProgressBars() as bars:
-        _run(study, out, device, resume=True, refused={}, bars=bars)
+        _run(study, out, device, resume=True, bars=bars)
 
 
 def can_resume(out: Path) -> bool:
     """Whether a simulation in ``out`` came as far as its training."""
     return (out / STUDY_FILE).exists()
+
+
+def _use_device(study: StudyConfig, out: Path, device: str | None) -> str:
+    """Write the device into the sites' settings, or read it from there. A site without settings refuses by itself."""
+    sites = []
+    for name in study.federation.contracted_patients:
+        with suppress(SiteError):
+            sites.append(SiteSettings.load((out / "sites" / name).resolve()))
+    if device is None:
+        return sites[0].device if sites else "auto"
+    from common.gan.devices import choose_device  # imports torch
+
+    choose_device(device)  # a device that is not there changes nothing
+    for settings in sites:
+        SiteSettings.checked(**settings.model_dump() | {"device": device}).save()
+    return device
 
 
 def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyConfig, dict[str, str]]:
@@ -106,15 +132,14 @@ def _prepare(settings: SiteSettings, study: StudyConfig) -> int:
             raise
 
 
-def _run(
-    study: StudyConfig, out: Path, device: str, *, resume: bool, refused: Mapping[str, str], bars: ProgressBars
-) -> None:
+def _run(study: StudyConfig, out: Path, device: str, *, resume: bool, bars: ProgressBars) -> None:
     import torch
     from flwr.app import Context, RecordDict
 
     import client.app
     import server.app
 
+    refused = json.loads((out / REFUSED_FILE).read_bytes())
     run_config: UserConfig = {
         **study.to_run_config(),
         "run.out": str(out.resolve()),

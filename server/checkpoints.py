@@ -10,17 +10,18 @@ from common.files import write_atomically
 from server.aggregation import GanState
 
 
-def save(folder: Path, state: GanState) -> Path:
+def save(folder: Path, state: GanState, notice: str) -> Path:
     """Write the state as ``round-NNNN.pt`` into ``folder``, which is made when absent."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{state.round:04d}.pt"
-    write(path, state)
+    write(path, state, notice)
     return path
 
 
-def write(path: Path, state: GanState) -> None:
-    """Write the state as ``path``, atomically."""
+def write(path: Path, state: GanState, notice: str) -> None:
+    """Write the state as ``path``, atomically, with a notice that says how private it is."""
     content = {
+        "notice": notice,
         "round": state.round,
         "generator": torch.from_numpy(state.generator),
         "discriminator": torch.from_numpy(state.discriminator),

@@ -36,7 +36,8 @@ class MechanismRecord(Record):
 class SiteRecord(Record):
     """One site's part. Patients are contracted sizes, public; nothing here depends on an image.
 
-    ``epsilon`` is None when the study is not private, and None in JSON must be read as unbounded.
+    ``epsilon`` is None when the study is not private, and None in JSON must be read as unbounded. ``mechanisms`` is
+    what the site is charged, ``reported_steps`` the steps of the last history that it sent.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SiteRecord(Record):
     delta: float | None
     accountant: Literal["prv", "rdp", "none"]
     mechanisms: list[MechanismRecord] = Field(default_factory=list)
+    reported_steps: int = 0
     rounds: list[int] = Field(default_factory=list)
     refusals: dict[str, int] = Field(default_factory=dict)
     patients_trained: int
@@ -63,7 +65,11 @@ class WarmStartRecord(Record):
 
 
 class RunRecord(Record):
-    """``run.json``. ``started`` and ``finished`` are UTC; ``finished`` is None while the run goes on."""
+    """``run.json``. ``started`` and ``finished`` are UTC; ``finished`` is None while the run goes on.
+
+    ``refused_sites`` has the code of each site that takes no part, by name; ``refused_nodes`` those of sites that
+    refused before they gave a name.
+    """
 
     schema_version: Literal[1] = 1
     status: Literal["running", "completed", "interrupted", "failed"] = "running"
@@ -82,6 +88,7 @@ class RunRecord(Record):
     warm_start: WarmStartRecord | None = None
     sites: list[SiteRecord] = Field(default_factory=list)
     refused_sites: dict[str, str] = Field(default_factory=dict)
+    refused_nodes: list[str] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)
 
     def site(self, name: str) -> SiteRecord:

@@ -3,31 +3,29 @@
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common.config import StudyConfig
-from common.errors import BudgetExhausted, ConfigError, FederationError, TooFewSurvivors
+from common.errors import INTERNAL, BudgetExhausted, ConfigError, FederationError, TooFewSurvivors
 from common.gan import losses, networks
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector
 from common.messages import Enrolment, EnrolRequest, Refusal
 from common.privacy import accounting
 from common.privacy.plan import PrivacyPlan, make_plan
-from server import checkpoints, record, synthesis
+from server import charging, checkpoints, record, synthesis
 from server.aggregation import GanState, aggregate
-from server.channel import MALFORMED, NO_ANSWER, Channel
+from server.channel import MALFORMED, Channel
 from server.record import RunRecord, SiteRecord
 from server.round import RoundAnswers, ask_sites, check_survivors
 from server.warm_start import warm_start
 
 logger = logging.getLogger("synthward.server")
-ENROL_TIMEOUT_SECONDS = 600.0
-INTERNAL_ERROR = "internal"
+NODES_TIMEOUT_SECONDS = 600.0
+ENROLMENT_CHANGED = "enrolment_changed"
 
 
 def run_study(
@@ -42,7 +40,7 @@ def run_study(
 
     Args:
         out: the run's folder; without a run in it unless ``resume``.
-        device: ``auto``, ``cpu`` or ``cuda``, for the warm start.
+        device: ``auto``, ``cpu`` or ``cuda``, for the warm start and the record.
         resume: go on from the newest checkpoint in ``out``; a run that has none yet begins.
         refused: sites known to take no part, the code by name.
 
@@ -54,7 +52,7 @@ def run_study(
     torch_device = choose_device(device)
     plan = make_plan(study)
     if resume and (out / record.RUN_FILE).exists():
-        run, state = _resume(study, out)
+        run, state = _resume(study, out, torch_device)
     else:
         run, state = _begin(study, out, torch_device, plan, refused or {})
     before = run.seconds.get("total", 0.0)
@@ -62,9 +60,11 @@ def run_study(
         sites = _enrol(study, channel, run)
         while state.round < study.federation.rounds:
             round_started = time.monotonic()
-            answers = ask_sites(study, channel, sites, state)
-            _charge(plan, study, run, answers)
-            if _is_spent(study, answers):
+            spent = charging.charge_ahead(study, plan, run, sites.values())
+            run.save(out)  # what is charged, and the sites' commitments, are on disk before a site is asked
+            answers = charging.refuse_impossible(study, plan, run, ask_sites(study, channel, sites, state))
+            charging.settle(plan, run, answers, spent)
+            if charging.is_spent(study, answers):
                 run.error = BudgetExhausted.code
                 logger.warning("the sites have spent all that the study planned after round %d", state.round)
                 break
@@ -79,7 +79,7 @@ def run_study(
         run.status, run.error = "failed", error.code
         raise
     except Exception:
-        run.status, run.error = "failed", INTERNAL_ERROR
+        run.status, run.error = "failed", INTERNAL
         raise
     finally:
         for site in run.sites:
@@ -114,13 +114,13 @@ def _begin(
     )
     if start.record is not None:
         run.seconds["warm_start"] = start.record.seconds
-    checkpoints.save(out / "checkpoints", start.state)
-    _save_samples(study, out, start.state)
+    checkpoints.save(out / "checkpoints", start.state, run.notice)
+    _save_samples(study, out, run, start.state)
     run.save(out)
     return run, start.state
 
 
-def _resume(study: StudyConfig, out: Path) -> tuple[RunRecord, GanState]:
+def _resume(study: StudyConfig, out: Path, device: torch.device) -> tuple[RunRecord, GanState]:
     run = RunRecord.load(out)
     state = checkpoints.latest(out / "checkpoints")
     if run.study_digest != study.digest:
@@ -128,7 +128,7 @@ def _resume(study: StudyConfig, out: Path) -> tuple[RunRecord, GanState]:
     if state is None:
         raise ConfigError(f"{out} holds no checkpoint to resume from.", "Start the run again with another --out.")
     run.status, run.error, run.finished = "running", "", None
-    run.rounds_completed = state.round
+    run.rounds_completed, run.device = state.round, str(device)
     for site in run.sites:  # the last round counts only if its checkpoint was written
         site.rounds = [number for number in site.rounds if number <= state.round]
     return run, state
@@ -138,35 +138,44 @@ def _enrol(study: StudyConfig, channel: Channel, run: RunRecord) -> dict[int, st
     """Ask every connected site to take part. Returns those that will, name by node id."""
     started = time.monotonic()
     contract, minimum = study.federation.contracted_patients, study.federation.minimum_sites
-    nodes = channel.nodes(minimum, max(minimum, len(contract)), ENROL_TIMEOUT_SECONDS)
-    answers = channel.ask(dict.fromkeys(nodes, EnrolRequest(study.digest)), "enrol", ENROL_TIMEOUT_SECONDS)
+    nodes = channel.nodes(minimum, max(minimum, len(contract)), NODES_TIMEOUT_SECONDS)
+    # A site checks all of its files before it answers, which takes as long as a round may.
+    requests = dict.fromkeys(nodes, EnrolRequest(study.digest))
+    answers = channel.ask(requests, "enrol", study.federation.round_timeout_seconds)
     sites: dict[int, str] = {}
-    # Nodes are asked anew in a resumed run; a site's name is known only once it has enrolled.
-    run.refused_sites = {name: code for name, code in run.refused_sites.items() if not name.startswith("node ")}
+    # A resumed run asks all sites of the contract anew; those refused in preparation are not in it.
+    run.refused_sites = {name: code for name, code in run.refused_sites.items() if name not in contract}
+    run.refused_nodes = []
     for node, answer in sorted(answers.items()):
         reply = answer.reply
-        if isinstance(reply, Enrolment) and reply.site in contract and reply.site not in sites.values():
-            sites[node] = reply.site
-            _enter(study, run, reply)
+        if isinstance(reply, Refusal):
+            run.refused_nodes.append(reply.code)
+        elif not isinstance(reply, Enrolment) or reply.site not in contract or reply.site in sites.values():
+            run.refused_nodes.append(MALFORMED)
+        elif not _enter(study, run, reply):
+            run.refused_sites[reply.site] = ENROLMENT_CHANGED
         else:
-            run.refused_sites[f"node {node}"] = reply.code if isinstance(reply, Refusal) else MALFORMED
-            logger.warning("a site takes no part: %s", run.refused_sites[f"node {node}"])
+            sites[node] = reply.site
+    refusals = sorted([*run.refused_sites.values(), *run.refused_nodes])
+    if refusals:
+        logger.warning("sites that take no part: %s", ", ".join(refusals))
     order = list(contract)
     run.sites.sort(key=lambda site: order.index(site.name))
     run.notice = record.notice(study, any(site.record_is_patient for site in run.sites))
     run.seconds["enrolment"] = round(time.monotonic() - started, 3)
     if len(sites) < minimum:
         raise TooFewSurvivors(
-            f"Expected at least {minimum} sites to enrol, got {len(sites)}"
-            f" (refused: {', '.join(sorted(run.refused_sites.values())) or 'none'}).",
+            f"Expected at least {minimum} sites to enrol, got {len(sites)} (refused: {', '.join(refusals) or 'none'}).",
             "Look into the logs in the sites' folders; `synthward data check` says what a site would refuse.",
         )
     return sites
 
 
-def _enter(study: StudyConfig, run: RunRecord, reply: Enrolment) -> None:
-    if any(site.name == reply.site for site in run.sites):  # a resumed run knows its sites
-        return
+def _enter(study: StudyConfig, run: RunRecord, reply: Enrolment) -> bool:
+    """Put a site into the record. False when a resumed run knows it with another split or privacy unit."""
+    known = next((site for site in run.sites if site.name == reply.site), None)
+    if known is not None:
+        return reply == Enrolment(known.name, known.holdout_commitment, known.record_is_patient)
     trained, held_out = study.contracted_split(reply.site)
     delta = study.privacy.delta if study.privacy.enabled else None
     run.sites.append(
@@ -181,41 +190,7 @@ def _enter(study: StudyConfig, run: RunRecord, reply: Enrolment) -> None:
             record_is_patient=reply.record_is_patient,
         )
     )
-
-
-def _charge(plan: PrivacyPlan | None, study: StudyConfig, run: RunRecord, answers: RoundAnswers) -> None:
-    """Take over what each site has spent, whatever becomes of the round."""
-    for name, update in answers.updates.items():
-        run.site(name).mechanisms = record.mechanisms(update.history)
-    for name, code in answers.refusals.items():
-        site = run.site(name)
-        site.refusals[code] = site.refusals.get(code, 0) + 1
-        if plan is not None:
-            _charge_unseen(plan, study, site, code)
-    for name, seconds in answers.seconds.items():
-        site = run.site(name)
-        site.seconds = round(site.seconds + seconds, 3)
-        record.set_epsilon(site, "rdp")
-
-
-def _charge_unseen(plan: PrivacyPlan, study: StudyConfig, site: SiteRecord, code: str) -> None:
-    """Charge a site as planned for what it spent and the server cannot read; its next update says what is true.
-
-    An update that came too late, or in a form that does not fit, has left the site too. A site whose budget is
-    exhausted has spent the whole plan: an interrupted round is paid for and lost.
-    """
-    spent = record.history(site)
-    left = plan.mechanism.steps - accounting.num_steps(spent)
-    steps = {NO_ANSWER: study.federation.local_steps, MALFORMED: study.federation.local_steps}.get(code, 0)
-    steps = left if code == BudgetExhausted.code else min(steps, left)
-    if steps > 0:
-        site.mechanisms = record.mechanisms(accounting.append(spent, replace(plan.mechanism, steps=steps)))
-
-
-def _is_spent(study: StudyConfig, answers: RoundAnswers) -> bool:
-    """Whether the round fails for nothing but spent budgets, as after an interruption: then training is over."""
-    spent = sum(code == BudgetExhausted.code for code in answers.refusals.values())
-    return len(answers.updates) < study.federation.minimum_sites <= len(answers.updates) + spent
+    return True
 
 
 def _keep(
@@ -223,7 +198,7 @@ def _keep(
 ) -> None:
     """Write one round: pictures, figures and the record, then the checkpoint, which makes the round count."""
     waited = max(answers.seconds.values())
-    _save_samples(study, out, state)
+    _save_samples(study, out, run, state)
     sites: dict[str, dict[str, float | int | None]] = {}
     for name, update in answers.updates.items():
         site = run.site(name)
@@ -235,11 +210,11 @@ def _keep(
         }
     run.rounds_completed = state.round
     run.save(out)
-    line = {"round": state.round, **_losses(study, state), "sites": sites, "refused": answers.refusals}
+    line = {"round": state.round, "private": run.private, **_losses(study, state)}
     seconds = time.monotonic() - started
-    line["seconds"] = _rounded({"round": seconds, "waiting_for_sites": waited, "server": seconds - waited})
-    record.append_metrics(out, line)
-    checkpoints.save(out / "checkpoints", state)
+    parts = _rounded({"round": seconds, "waiting_for_sites": waited, "server": seconds - waited})
+    record.append_metrics(out, {**line, "sites": sites, "refused": answers.refusals, "seconds": parts})
+    checkpoints.save(out / "checkpoints", state, run.notice)
 
 
 def _losses(study: StudyConfig, state: GanState, count: int = 64) -> dict[str, float]:
@@ -255,9 +230,9 @@ def _losses(study: StudyConfig, state: GanState, count: int = 64) -> dict[str, f
     return {"generator_loss": round(float(generator), 5), "discriminator_fake_loss": round(float(fake), 5)}
 
 
-def _save_samples(study: StudyConfig, out: Path, state: GanState) -> None:
+def _save_samples(study: StudyConfig, out: Path, run: RunRecord, state: GanState) -> None:
     grid = synthesis.sample_grid(study, state.generator_average)
-    Image.fromarray(grid).save(out / "samples" / f"round-{state.round:04d}.png")
+    synthesis.save_png(out / "samples" / f"round-{state.round:04d}.png", grid, run.notice)
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

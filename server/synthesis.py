@@ -1,10 +1,13 @@
 """Images from a generator: post-processing, so it costs no privacy."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common.config import StudyConfig
 from common.gan import networks
@@ -57,3 +60,10 @@ def sample_grid(study: StudyConfig, generator: Vector, columns: int = 8) -> NDAr
 def to_gray(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """[-1, 1] to 0..255, any shape."""
     return np.asarray(np.clip((images + 1) * 127.5 + 0.5, 0, 255), dtype=np.uint8)
+
+
+def save_png(path: Path, pixels: NDArray[np.uint8], notice: str) -> None:
+    """Write grey levels, (height, width), with a text that says what they are and how private."""
+    text = PngInfo()
+    text.add_text("Description", f"SYNTHETIC image. {notice}")
+    Image.fromarray(pixels).save(path, pnginfo=text)

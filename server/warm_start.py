@@ -45,7 +45,7 @@ def warm_start(study: StudyConfig, device: torch.device) -> WarmStart:
         cached = path.exists()
         if not cached:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoints.write(path, train_on_phantoms(study, device))
+            checkpoints.write(path, train_on_phantoms(study, device), "Trained on public phantoms, on no patient.")
         source = f"public phantoms ({study.gan.warm_start_anatomy}), {study.gan.warm_start_steps} steps"
     else:
         path, cached = Path(study.gan.warm_start), False

@@ -10,7 +10,7 @@ which is public, never of the number found.
 | a patient with several images, sessions or labels | one coin: all images on one side |
 | the same patient at two sites | two keys, two coins |
 | a patient added later | its own coin; the others stay |
-| the key is lost | a new key is another split: patients once trained on may be held out; the commitment shows it |
+| the key is lost | to ``holdout_key`` it looks like the first use: a new key, another split (see there) |
 """
 
 import hashlib
@@ -37,11 +37,6 @@ class Patient:
 
     patient_id: str
     records: tuple[ImageRecord, ...]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the patient's images, sorted, each once."""
-        return tuple(sorted({record.label for record in self.records if record.label is not None}))
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,9 @@ def commitment(key: bytes) -> str:
 
 def holdout_key(folder: Path) -> bytes:
     """The site's secret key for the split; made at first use, the same ever after.
+
+    A lost key cannot be told from the first use, and another one would train on patients held out until now: whoever
+    has split data in this folder before must refuse when ``KEY_NAME`` is gone, and not call this.
 
     Args:
         folder: the site's private folder; made if absent.

@@ -9,7 +9,6 @@ unknown modalities); a missing flag proves nothing there, and no flag is trusted
 """
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from client.data.geometry import Frames, arrange, to_ras
 from client.data.identifiers import identifying_field
 from client.data.pixels import MIN_PIXELS, Picture, Refused, Volume, check_size, check_values, check_volume_shape
+from common.quiet import quiet
 
 _DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -39,8 +39,7 @@ def _guarded() -> Iterator[None]:
     """
     logging.getLogger("pydicom").propagate = False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     except (Refused, MemoryError):
         raise

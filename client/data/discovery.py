@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from client.data import nifti, pictures
 from client.data.pixels import Refused
@@ -18,6 +18,8 @@ _UNSUPPORTED = (
 _TEXT = (".json", ".tsv", ".csv", ".txt", ".md", ".bval", ".bvec", ".toml", ".yaml", ".yml", ".xml", ".html", ".pdf")
 _DICOM_NAMES = (".dcm", ".dicom", ".ima")
 _BESIDE_BIDS = ("derivatives", "sourcedata", "code", "stimuli")
+_NOT_ANATOMICAL = frozenset(("func", "dwi", "fmap", "perf", "pet", "meg", "eeg", "ieeg", "nirs", "mrs", "micr"))
+_T1W = re.compile(r".*_T1w\.nii(\.gz)?")
 _SUBJECT = re.compile(r"sub-[0-9A-Za-z]+")
 _SUBJECT_IN_NAME = re.compile(r"(sub-[0-9A-Za-z]+)_.*")
 
@@ -46,11 +48,15 @@ class Found:
 
     candidates: list[Candidate] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def discover(root: Path) -> Found:
     """Walks the folder. Hidden files, and folders that are links, are left alone.
+
+    **Guarantee.** Whether a file is a candidate depends on the files of its own subject alone, and on nothing but
+    itself where no subject is known.
 
     Args:
         root: an existing folder.
@@ -67,7 +73,7 @@ def discover(root: Path) -> Found:
         if name.endswith(nifti.SUFFIXES):
             niftis.append(path)
         elif name.endswith(pictures.SUFFIXES):
-            found.candidates.append(Candidate((path,), "image", "image", _subject(path.relative_to(root))))
+            found.candidates.append(Candidate((path,), "image", "image", subject_of(path.relative_to(root))))
         elif name.endswith(_UNSUPPORTED):
             reason = "expected single-file NIfTI, DICOM, PNG or JPEG, found another image format; convert it"
             found.refusals.append(Refusal(path.relative_to(root).as_posix(), "unsupported_format", reason))
@@ -121,7 +127,7 @@ def _sort_unnamed(path: Path, root: Path, found: Found, dicoms: list[Path]) -> b
     return True
 
 
-def _subject(relative: Path) -> str | None:
+def subject_of(relative: PurePath) -> str | None:
     """The BIDS subject of a path: the outermost sub-* folder, else the start of the file's name."""
     for part in relative.parts[:-1]:
         if _SUBJECT.fullmatch(part):
@@ -131,25 +137,41 @@ def _subject(relative: Path) -> str | None:
 
 
 def _add_niftis(paths: list[Path], root: Path, found: Found) -> None:
-    """All NIfTI files; of a BIDS folder only the anatomical ones: T1w where there are any, else all under anat/."""
-    anatomical = [path for path in paths if "anat" in path.relative_to(root).parts[:-1] and _subject(path)]
-    chosen = [path for path in anatomical if re.search(r"_T1w\.nii(\.gz)?$", path.name)] or anatomical or paths
-    if len(chosen) < len(paths):
-        found.notes.append(f"{len(paths) - len(chosen)} NIfTI files beside the anatomical images were left out.")
-    for path in chosen:
-        relative = path.relative_to(root)
-        subject, named = _subject(relative), _SUBJECT_IN_NAME.fullmatch(path.name)
-        problem = None
-        if named and subject != named.group(1):
-            problem = Refused("patient_mismatch", "expected one subject in a path, folder and file name differ")
-        found.candidates.append(Candidate((path,), "volume", "nifti", subject, problem))
+    """All files without a subject; of each subject the T1w images where it has any, else all under anat/, else all."""
+    by_subject: dict[str | None, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_subject[subject_of(path.relative_to(root))].append(path)
+    num_t1w = num_other = 0
+    for subject, own in by_subject.items():
+        anatomical = [path for path in own if "anat" in path.relative_to(root).parts[:-1]]
+        t1w = [path for path in anatomical if _T1W.fullmatch(path.name)]
+        chosen = own if subject is None else t1w or anatomical or own
+        num_t1w += subject is not None and bool(t1w)
+        num_other += subject is not None and not t1w
+        found.left_out += set(own).difference(chosen)
+        for path in chosen:
+            problem = None if subject is None else _problem_of(path.relative_to(root), subject)
+            found.candidates.append(Candidate((path,), "volume", "nifti", subject, problem))
+    if found.left_out:
+        found.notes.append(f"{len(found.left_out)} NIfTI files beside the anatomical images were left out.")
+    if num_t1w and num_other:
+        found.notes.append(f"{num_other} subjects have no T1w image, others have; the images that they have are used.")
+
+
+def _problem_of(relative: Path, subject: str) -> Refused | None:
+    named = _SUBJECT_IN_NAME.fullmatch(relative.name)
+    if named and subject != named.group(1):
+        return Refused("patient_mismatch", "expected one subject in a path, folder and file name differ")
+    if not _NOT_ANATOMICAL.isdisjoint(relative.parts[:-1]):
+        return Refused("not_anatomical", "expected an image under anat/, this subject has images of other kinds only")
+    return None
 
 
 def _add_dicoms(paths: list[Path], root: Path, found: Found) -> None:
-    """Each image of its own, and each series of slices as one volume."""
+    """Each image of its own, and each series of slices of one patient as one volume."""
     from client.data.dicom import Scan, scan_file
 
-    series: dict[str, list[Scan]] = defaultdict(list)
+    series: dict[tuple[str, str], list[Scan]] = defaultdict(list)
     for path in paths:
         try:
             scan = scan_file(path)
@@ -157,7 +179,7 @@ def _add_dicoms(paths: list[Path], root: Path, found: Found) -> None:
             found.refusals.append(Refusal(path.relative_to(root).as_posix(), refused.code, refused.reason))
             continue
         if scan.kind == "volume":
-            series[scan.series].append(scan)
+            series[scan.patient_id, scan.series].append(scan)
         else:
             hint = scan.patient_id or None
             found.candidates.append(Candidate((path,), "image", "dicom", hint, scan.problem, scan.identifying))
@@ -165,10 +187,7 @@ def _add_dicoms(paths: list[Path], root: Path, found: Found) -> None:
         # One bad file makes the series incomplete: it is refused whole, under the name of that file.
         first_bad = next((scan for scan in scans if scan.problem is not None), scans[0])
         ordered = [first_bad, *(scan for scan in scans if scan is not first_bad)]
-        problem = first_bad.problem
-        if problem is None and len({scan.patient_id for scan in scans}) > 1:
-            problem = Refused("mixed_series", "expected one patient in a series, found several")
         identifying = next((scan.identifying for scan in scans if scan.identifying), None)
         files = tuple(scan.path for scan in ordered)
         hint = first_bad.patient_id or None
-        found.candidates.append(Candidate(files, "volume", "dicom", hint, problem, identifying))
+        found.candidates.append(Candidate(files, "volume", "dicom", hint, first_bad.problem, identifying))

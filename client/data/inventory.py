@@ -6,28 +6,40 @@ by content, and mixtures of them. No file stops the inventory; a folder that can
 **Guarantee.** An image without a patient id is refused, never counted as a patient of its own, unless the site says
 that a record is a patient; then ``Inventory.record_is_patient`` is True and the guarantee is one for records.
 
-| two images with the same pixels | verdict |
-|---|---|
-| of one patient | the later is dropped, ``duplicate`` |
-| of two patients | the later is refused, ``duplicate_across_patients``: one of the ids is wrong |
+**Guarantee.** The verdict on an image depends on it, on its patient's other images and on their lines of the table:
+adding or removing one patient changes nothing for another. The only places where patients couple:
 
-The second verdict is the one place where a patient's images decide about another's. Remove the wrong copy by hand:
-the guarantee is for the patients that the inventory accepts.
+| what they share | what happens |
+|---|---|
+| exactly the same pixels | the image later by path is refused, ``duplicate_across_patients`` (see below) |
+| a file that the table gives to both | ``conflicting_table``; of ``1.png`` and ``images/1.png`` the latter counts |
+| a ``sub-*`` name, whose files the table gives to both | chosen as one subject: a T1w leaves out other contrasts |
+| a DICOM series (without its UID, a folder), no PatientID | one series; the table names both: ``mixed_series`` |
+| the table: it cannot be read, or there are two | ``SiteError``: no data are used, as in a folder without images |
+| the table: one's quote is never closed | it swallows the other's line: no patient id, so refused (or a record) |
+
+Patients with the same pixels: one of the ids is wrong. Without the one patient the other's image would come back, so
+the guarantee for such a pair is group privacy of 2, and of k for k patients who share pixels. Remove the wrong copy by
+hand. A copy within one patient is dropped, ``duplicate``. Notes compare patients as well, but refuse nothing.
+
+Text burned into the pixels is searched for in no format: DICOM headers may warn of it (``client.data.dicom``), the
+headers of PNG, JPEG and NIfTI cannot.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from client.data.discovery import Candidate, Found, discover
+from client.data.discovery import Candidate, Found, discover, subject_of
 from client.data.pixels import Refused, Volume, near_duplicates, pixel_digest, thumbnail
 from client.data.records import ImageRecord, Refusal, read_image
-from client.data.tables import Row, Table, find_table, read_table
+from client.data.tables import IMAGE_FOLDER, Table, find_table, read_table
 from common.errors import SiteError
 
 __all__ = ["ImageRecord", "Inventory", "Refusal", "list_patients", "take_inventory"]
@@ -58,10 +70,12 @@ class Inventory:
         """Patient ids with at least one usable image, sorted."""
         return tuple(sorted({record.patient_id for record in self.records}))
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels of the usable images, sorted."""
-        return tuple(sorted({record.label for record in self.records if record.label is not None}))
+    def with_refusals(self, later: Iterable[Refusal]) -> "Inventory":
+        """The inventory after preparation: images refused then are no records any more."""
+        refusals = sorted((*self.refusals, *later), key=lambda refusal: refusal.file)
+        refused = {refusal.file for refusal in refusals}
+        records = tuple(record for record in self.records if record.file not in refused)
+        return replace(self, records=records, refusals=tuple(refusals))
 
     def refusal_counts(self) -> dict[str, int]:
         """How many files were refused for each code."""
@@ -97,7 +111,8 @@ def take_inventory(
         label_column: column of the folder's table that holds the labels; None for none.
         labels: the study's labels; with a column, an image with another label or none is refused. Empty: any.
         record_is_patient: see the module's guarantee. Images with a known patient id keep it.
-        patients: only these take part, and images of others are not read; None for all.
+        patients: only these take part: images of others are not read, and a file is refused only when it is known
+            to be theirs. None for all; only then are files refused whose patient cannot be told.
 
     Returns:
         The inventory. It may hold no record at all, and then says why.
@@ -106,10 +121,12 @@ def take_inventory(
         SiteError: no such folder, nothing in it that looks like an image, or a table that cannot be used.
     """
     found, assign = _look_through(root, label_column, labels, record_is_patient)
-    judged = _Judged(root, None if patients is None else frozenset(patients), [], list(found.refusals), [], {})
+    wanted = None if patients is None else frozenset(patients)
+    unread = [*found.refusals, *assign.missing_files(found)]
+    refusals = [r for r in unread if wanted is None or assign.patient_of(r.file) in wanted]
+    judged = _Judged(root, wanted, [], refusals, [], {})
     for candidate in found.candidates:
         judged.judge(candidate, assign)
-    judged.refusals.extend(assign.missing_files(found, judged.wanted))
     notes = found.notes + _case_notes(judged.records) + _near_duplicate_notes(judged)
     refusals = sorted(judged.refusals, key=lambda refusal: refusal.file)
     return Inventory(root, tuple(judged.records), tuple(refusals), tuple(notes), record_is_patient)
@@ -148,9 +165,7 @@ def _look_through(
             "Add images.tsv (filename, patient_id, label) or participants.tsv (participant_id, label).",
         )
     table = read_table(table_path, label_column) if table_path is not None else None
-    assign = _Assignment(root, table, label_column is not None and bool(labels), labels, record_is_patient)
-    assign.count_names(found.candidates)
-    return found, assign
+    return found, _Assignment(root, table, label_column is not None and bool(labels), labels, record_is_patient)
 
 
 class _Assignment:
@@ -161,28 +176,33 @@ class _Assignment:
     ) -> None:
         self.root, self.table = root, table
         self.labels_needed, self.labels, self.record_is_patient = labels_needed, frozenset(labels), record_is_patient
-        self.num_by_name: Counter[str] = Counter()
-
-    def count_names(self, candidates: list[Candidate]) -> None:
-        """Remembers which bare file names are unique: only those may stand in the table without a folder."""
-        self.num_by_name.update(path.name for candidate in candidates for path in candidate.files)
 
     def resolve(self, candidate: Candidate) -> tuple[str, str | None]:
         """Patient id, and the label that the table gives; or ``Refused``."""
-        relative = candidate.files[0].relative_to(self.root).as_posix()
-        row = self._row_of_file(relative)
+        files = [path.relative_to(self.root).as_posix() for path in candidate.files]
+        rows = {row for file in files if self.table and (row := self.table.row_of_file(file)) is not None}
+        if len(rows) > 1:
+            raise Refused("mixed_series", "expected one patient and one label for a series, the table gives several")
+        row = next(iter(rows), None)
         patient_id = candidate.patient_hint
         if row is not None and row.patient_id is not None:
             if candidate.format == "dicom" and patient_id not in (None, row.patient_id):
                 raise Refused("patient_mismatch", "expected one patient id, the table and the header differ")
             patient_id = row.patient_id
         if row is None and patient_id is not None and self.table is not None:
-            row = self._row_of_patient(patient_id)
+            row = self.table.row_of_patient(patient_id)
         if patient_id is None:
             if not self.record_is_patient:
                 raise Refused("no_patient_id", "expected a patient id in the path, the table or the header, found none")
-            patient_id = f"record:{relative}"
+            patient_id = f"record:{files[0]}"
         return patient_id, row.label if row is not None else None
+
+    def patient_of(self, file: str) -> str | None:
+        """The patient of a file that was not opened: by the table, else by its path; None where neither tells."""
+        with suppress(Refused):
+            row = self.table.row_of_file(file) if self.table is not None else None
+            return row.patient_id if row and row.patient_id else subject_of(PurePosixPath(file))
+        return None
 
     def check_label(self, label: str | None) -> None:
         """Refuses a label that the study does not have."""
@@ -190,45 +210,16 @@ class _Assignment:
             found = "none" if label is None else "another"
             raise Refused("unknown_label", f"expected one of the study's labels for this image, found {found}")
 
-    def missing_files(self, found: Found, wanted: frozenset[str] | None) -> list[Refusal]:
-        """Lines of the table, of wanted patients, whose file is not there."""
-        if self.table is None:
-            return []
-        present = {path.relative_to(self.root).as_posix() for c in found.candidates for path in c.files}
-        present |= {refusal.file for refusal in found.refusals}
-        names = {file.rsplit("/", 1)[-1] for file in present}
-        reason = "expected the file that the table lists, there is none"
+    def missing_files(self, found: Found) -> list[Refusal]:
+        """Lines of the table whose file is not there."""
+        paths = [path for candidate in found.candidates for path in candidate.files] + found.left_out
+        present = {path.relative_to(self.root).as_posix() for path in paths} | {r.file for r in found.refusals}
+        reason = "expected the file that the table lists beside the table or in the folder images, there is none"
         return [
             Refusal(file, "missing_file", reason)
-            for file, row in self.table.by_file.items()
-            if (wanted is None or row.patient_id in wanted)
-            and file not in present
-            and ("/" in file or file not in names)
+            for file in (self.table.by_file if self.table is not None else ())
+            if file not in present and IMAGE_FOLDER + file not in present
         ]
-
-    def _row_of_file(self, relative: str) -> Row | None:
-        if self.table is None:
-            return None
-        name = relative.rsplit("/", 1)[-1]
-        key = relative if relative in self.table.by_file else name
-        if key not in self.table.by_file:
-            return None
-        if key != relative and self.num_by_name[name] > 1:
-            raise Refused("ambiguous_file", "expected a file name that occurs once, or its folder in the table")
-        return self._without_conflict(key, self.table.by_file[key])
-
-    def _row_of_patient(self, patient_id: str) -> Row | None:
-        table = self.table
-        assert table is not None  # noqa: S101 - the caller asked
-        for key in (patient_id, patient_id.removeprefix("sub-")):
-            if key in table.by_patient:
-                return self._without_conflict(key, table.by_patient[key])
-        return None
-
-    def _without_conflict(self, key: str, row: Row) -> Row:
-        if self.table is not None and key in self.table.conflicts:
-            raise Refused("conflicting_table", "expected one line in the table, found several that differ")
-        return row
 
 
 @dataclass
@@ -243,12 +234,16 @@ class _Judged:
     def judge(self, candidate: Candidate, assign: _Assignment) -> None:
         """Reads one candidate and files it under records or refusals; its pixels are not kept."""
         file = candidate.files[0].relative_to(self.root).as_posix()
+        patient_id, label, unknown = "", None, None
         try:
-            if candidate.problem is not None:
-                raise candidate.problem
             patient_id, label = assign.resolve(candidate)
-            if self.wanted is not None and patient_id not in self.wanted:
-                return
+        except Refused as refused:
+            unknown = refused
+        if self.wanted is not None and (unknown or patient_id not in self.wanted):
+            return
+        try:
+            if problem := candidate.problem or unknown:
+                raise problem
             assign.check_label(label)
             image, files = read_image(candidate.files, candidate.kind, candidate.format)
             if candidate.identifying is not None:
@@ -256,7 +251,7 @@ class _Judged:
                     "identifier_in_header",
                     f"expected an empty or de-identified {candidate.identifying}, found another value",
                 )
-            record = ImageRecord(patient_id, label, files, candidate.kind, candidate.format)
+            record = ImageRecord(file, patient_id, label, files, candidate.kind, candidate.format)
             values = image.voxels if isinstance(image, Volume) else image.pixels
             self._check_duplicate(pixel_digest(values), record)
         except Refused as refused:
@@ -271,12 +266,11 @@ class _Judged:
         first = self.seen.setdefault(digest, record)
         if first is record:
             return
-        name = first.files[0].relative_to(self.root).as_posix()
         if first.patient_id == record.patient_id:
-            raise Refused("duplicate", f"expected a new image, found the pixels of {name} again")
+            raise Refused("duplicate", f"expected a new image, found the pixels of {first.file} again")
         raise Refused(
             "duplicate_across_patients",
-            f"expected images of one patient, found the pixels of {name} again: "
+            f"expected images of one patient, found the pixels of {first.file} again: "
             f"patients {first.patient_id} and {record.patient_id}",
         )
 
@@ -294,9 +288,7 @@ def _near_duplicate_notes(judged: _Judged) -> list[str]:
     records = judged.records
     across = [(records[a], records[b]) for a, b in pairs if records[a].patient_id != records[b].patient_id]
     notes = [
-        "Near duplicates of different patients: "
-        + " and ".join(record.files[0].relative_to(judged.root).as_posix() for record in pair)
-        + "."
+        "Near duplicates of different patients: " + " and ".join(record.file for record in pair) + "."
         for pair in across[:_MAX_NAMED_PAIRS]
     ]
     if len(across) > _MAX_NAMED_PAIRS:

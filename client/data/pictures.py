@@ -1,7 +1,10 @@
-"""PNG and JPEG files to checked grey images."""
+"""PNG and JPEG files to checked grey images.
+
+Text in the file's fields is refused; text burned into the pixels is not searched for. Markers such as L and R are usual
+in radiographs, and nothing in these formats tells them from a name: whoever exports the pictures must look.
+"""
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from client.data.identifiers import is_tool_text
 from client.data.pixels import MIN_PIXELS, Picture, Refused, check_size, check_values
+from common.quiet import quiet
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _GREY_MODES = ("L", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")
@@ -40,8 +44,7 @@ def read_picture(path: Path) -> Picture:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images, which check_size refuses
+        with quiet():  # Pillow warns of large images, which check_size refuses
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 check_size((image.height, image.width))
                 if min(image.height, image.width) < MIN_PIXELS:

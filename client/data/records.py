@@ -30,6 +30,7 @@ class ImageRecord:
     """One image of one patient.
 
     Attributes:
+        file: its name, relative to the data folder, as in a ``Refusal``; for a DICOM series, one of its files.
         patient_id: whose it is.
         label: the image's label, not the patient's: a patient's X-rays may carry several; None without labels.
         files: one NIfTI file, one picture, or the files of one DICOM series in slice order.
@@ -37,6 +38,7 @@ class ImageRecord:
         format: which reader takes it.
     """
 
+    file: str
     patient_id: str
     label: str | None
     files: tuple[Path, ...]

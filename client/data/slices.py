@@ -26,6 +26,7 @@ from client.data.cohort import Patient
 from client.data.pixels import FloatArray, Picture, Refused, Volume, to_unit_range
 from client.data.records import ImageRecord, Refusal, read_image
 from common.errors import SiteError
+from common.files import write_atomically
 from common.orientation import SLICE_RANGE, axial_slice, slice_indices
 
 PREPARATION_VERSION = 1
@@ -43,11 +44,11 @@ class PreparedCohort:
     """Prepared images of some patients; stays at the site.
 
     Attributes:
-        images: uint8 (image, channel, row, column), read from disk as needed.
+        images: uint8 (image, 1, row, column): one channel; read from disk as needed.
         label_indices: int64 (image,), into the study's labels; 0 where the study has none.
         patient_ids: in the order of their index; every one has at least one image.
         starts: int64 (patient + 1,): patient i owns images starts[i] to starts[i + 1] - 1.
-        refusals: files that failed after the inventory had accepted them.
+        refusals: images that failed after the inventory had accepted them, for ``Inventory.with_refusals``.
     """
 
     images: npt.NDArray[np.uint8]
@@ -61,10 +62,6 @@ class PreparedCohort:
         """Patients with at least one prepared image."""
         return len(self.patient_ids)
 
-    def num_images(self, patient_index: int) -> int:
-        """Prepared images of one patient, 1 or more."""
-        return int(self.starts[patient_index + 1] - self.starts[patient_index])
-
     def draw(
         self, patient_index: int, num_images: int, rng: Random | None = None
     ) -> tuple[FloatArray, npt.NDArray[np.int64]]:
@@ -76,7 +73,7 @@ class PreparedCohort:
             rng: a cryptographic source by default; only tests pass another.
 
         Returns:
-            Images float32 (n, channel, row, column) in [-1, 1], and their label indices (n,).
+            Images float32 (n, 1, row, column) in [-1, 1], and their label indices (n,).
         """
         if not 0 <= patient_index < self.num_patients:
             raise IndexError("patient index out of range")  # a negative one would wrap to another patient
@@ -92,7 +89,6 @@ def prepare(
     folder: Path,
     *,
     image_size: int,
-    channels: int,
     name: str,
     labels: tuple[str, ...] = (),
 ) -> PreparedCohort:
@@ -102,7 +98,6 @@ def prepare(
         patients: training or held-out patients, sorted by id.
         folder: the site's private folder; made if absent.
         image_size: rows and columns.
-        channels: 1, or more for networks that expect grey repeated.
         name: of this group of patients, such as ``training``; names the files.
         labels: the study's labels, in its order.
 
@@ -112,13 +107,13 @@ def prepare(
     Raises:
         SiteError: the folder cannot be written.
     """
-    key = _digest(patients, image_size, channels, labels)
+    key = _digest(patients, image_size, labels)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = _open(folder, name, key)
         if found is not None:
             return found
-        _build(patients, folder, name, key, (channels, image_size, image_size), labels)
+        _build(patients, folder, name, key, image_size, labels)
         found = _open(folder, name, key)
     except OSError as error:
         raise SiteError(
@@ -177,9 +172,9 @@ def _to_square(plane: FloatArray, spacing: tuple[float, float], image_size: int)
     return square
 
 
-def _digest(patients: tuple[Patient, ...], image_size: int, channels: int, labels: tuple[str, ...]) -> str:
+def _digest(patients: tuple[Patient, ...], image_size: int, labels: tuple[str, ...]) -> str:
     """Changes with the patients, their files, the study's size and labels, or the way of preparation."""
-    content: list[Any] = [PREPARATION_VERSION, list(SLICE_RANGE), image_size, channels, list(labels)]
+    content: list[Any] = [PREPARATION_VERSION, list(SLICE_RANGE), image_size, list(labels)]
     for patient in patients:
         content.append([patient.patient_id, [_identity(record) for record in patient.records]])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -219,7 +214,7 @@ def _build(
     folder: Path,
     name: str,
     key: str,
-    shape: tuple[int, int, int],
+    image_size: int,
     labels: tuple[str, ...],
 ) -> None:
     """Streams all images to a temporary file, renames it, then the index that points to it."""
@@ -229,17 +224,17 @@ def _build(
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".preparing-")  # mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
-            header_bytes = _write_header(file, 0, shape)
+            header_bytes = _write_header(file, 0, image_size)
             for patient in patients:
-                for image, label_index in _images_of(patient, shape[1], labels, refusals):
-                    file.write(np.broadcast_to(image, shape).tobytes())
+                for image, label_index in _images_of(patient, image_size, labels, refusals):
+                    file.write(image.tobytes())
                     label_indices.append(label_index)
                 if len(label_indices) > starts[-1]:
                     patient_ids.append(patient.patient_id)
                     starts.append(len(label_indices))
             file.seek(0)
             # numpy leaves room in the header for a longer first axis
-            if _write_header(file, len(label_indices), shape) != header_bytes:
+            if _write_header(file, len(label_indices), image_size) != header_bytes:
                 raise SiteError("The prepared images cannot be stored: their header changed its length.")
             file.flush()
             os.fsync(file.fileno())
@@ -250,13 +245,13 @@ def _build(
     index = {
         "key": key,
         "file": data_name,
-        "shape": [len(label_indices), *shape],
+        "shape": [len(label_indices), 1, image_size, image_size],
         "patient_ids": patient_ids,
         "starts": starts,
         "label_indices": label_indices,
         "refusals": [[r.file, r.code, r.reason] for r in refusals],
     }
-    _write_index(folder / f"{name}.json", index)
+    write_atomically(folder / f"{name}.json", json.dumps(index).encode(), mode=0o600)
     for stale in folder.glob(f"{name}-*.npy"):
         if stale.name != data_name:
             stale.unlink(missing_ok=True)
@@ -274,27 +269,14 @@ def _images_of(
             if labels and record.label not in labels:
                 raise Refused("unknown_label", "expected one of the study's labels for this image, found another")
         except Refused as refused:
-            refusals.append(Refusal(record.files[0].name, refused.code, refused.reason))
+            refusals.append(Refusal(record.file, refused.code, refused.reason))
             continue
         label_index = labels.index(record.label) if labels and record.label is not None else 0
         for plane in planes:
             yield plane, label_index
 
 
-def _write_header(file: Any, num_images: int, shape: tuple[int, int, int]) -> int:
-    description = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)}
+def _write_header(file: Any, num_images: int, image_size: int) -> int:
+    description = {"descr": "|u1", "fortran_order": False, "shape": (num_images, 1, image_size, image_size)}
     np.lib.format.write_array_header_1_0(file, description)
     return int(file.tell())
-
-
-def _write_index(path: Path, index: dict[str, Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".index-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(index, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

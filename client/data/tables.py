@@ -1,11 +1,17 @@
-"""The one table of a data folder: which file belongs to which patient, and which label it has."""
+"""The one table of a data folder: which file belongs to which patient, and which label it has.
+
+A file's name in the table is its path from the folder of the table, or from the folder ``images`` beside it; where both
+are listed, the former counts. So a line means the same files whatever else the folder or the table holds.
+"""
 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.data.pixels import Refused
 from common.errors import SiteError
 
+IMAGE_FOLDER = "images/"
 _FILE_COLUMNS = ("filename", "file", "image", "path")
 _PATIENT_COLUMNS = ("patient_id", "participant_id", "subject_id", "subject", "patient", "patientid")
 _PREFERRED = ("images.tsv", "images.csv", "metadata.tsv", "metadata.csv", "participants.tsv", "participants.csv")
@@ -23,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, by file (relative POSIX path) or by patient.
+    """A table, by file (POSIX path) or by patient.
 
     Attributes:
         by_file: filled when the table has a column of file names.
@@ -34,7 +40,21 @@ class Table:
     by_file: dict[str, Row]
     by_patient: dict[str, Row]
     conflicts: frozenset[str]
-    has_patients: bool
+
+    def row_of_file(self, relative: str) -> Row | None:
+        """The line of a file, by its path from the data folder; ``Refused`` where lines differ."""
+        key = relative if relative in self.by_file else relative.removeprefix(IMAGE_FOLDER)
+        return self._agreed(key, self.by_file.get(key))
+
+    def row_of_patient(self, patient_id: str) -> Row | None:
+        """The line of a patient, with or without ``sub-``; ``Refused`` where lines differ."""
+        key = patient_id if patient_id in self.by_patient else patient_id.removeprefix("sub-")
+        return self._agreed(key, self.by_patient.get(key))
+
+    def _agreed(self, key: str, row: Row | None) -> Row | None:
+        if key in self.conflicts:
+            raise Refused("conflicting_table", "expected one line in the table, found several that differ")
+        return row
 
 
 def find_table(root: Path) -> Path | None:
@@ -93,7 +113,6 @@ def read_table(path: Path, label_column: str | None) -> Table:
         found if file_index is not None else {},
         found if file_index is None else {},
         frozenset(conflicts),
-        patient_index is not None,
     )
 
 

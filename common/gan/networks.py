@@ -1,7 +1,8 @@
 """Generator and discriminator of the DCGAN family (Radford et al. 2016), conditional on a label.
 
-Another family is another pair of branches in ``build_*``: the trainer only needs a generator ``(latent (B, latent_size),
-label (B,)) -> images (B, channels, size, size) in [-1, 1]`` and a discriminator ``(images, label) -> logits (B,)``.
+Another family is another pair of branches in ``build_*``: the trainer only needs a generator
+``(latent (B, latent_size), label (B,)) -> images (B, channels, size, size) in [-1, 1]`` and a discriminator
+``(images, label) -> logits (B,)``.
 """
 
 from collections.abc import Callable

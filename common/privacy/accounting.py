@@ -5,11 +5,11 @@ for every figure that is reported.
 """
 
 import math
-import threading
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+
+from common.quiet import quiet
 
 # Error asked of PRV: a share of epsilon between two bounds. The lower one, and its share of RDP's figure, bound memory.
 RELATIVE_ERROR = 0.003
@@ -19,8 +19,6 @@ SMALLEST_ERROR = 5e-5
 # Opacus' default orders end at 63, which floors epsilon at log(1 / delta) / 62: small budgets need larger ones. Orders
 # between two whole numbers cost a hundred times more each, so there are few, where a large epsilon has its optimum.
 ALPHAS = [1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, *range(4, 64), 80, 96, 128, 192, 256, 384, 512, 1024, 4096]
-
-_LOCK = threading.Lock()  # catch_warnings is global to the process; sites of a simulation are threads of one
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,7 @@ def _prv_epsilon(history: History, delta: float, error: float) -> float:
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_probability, m.steps) for m in history]
-    with _LOCK, warnings.catch_warnings():
-        # q = 1 has log(1 - q) = -inf, which the accountant handles and numpy remarks on.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        warnings.filterwarnings("ignore", message="Optimal order is the")
+    with quiet():  # numpy remarks on log(1 - q) at q = 1, Opacus on orders at the end of its list
         return min(rough, float(accountant.get_epsilon(delta, eps_error=error)))
 
 
@@ -150,6 +145,5 @@ def _rdp_epsilon(history: History, delta: float) -> float:
 
     accountant = RDPAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_probability, m.steps) for m in history]
-    with _LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Optimal order is the")
+    with quiet():
         return float(accountant.get_epsilon(delta, alphas=ALPHAS))

@@ -58,7 +58,10 @@ def write_report(run: Path) -> Path:
         num_rounds=len(metrics),
         error_words=words.CODES.get(facts.error, ""),
         missed={site.name: set(range(1, facts.rounds_completed + 1)) - set(site.rounds) for site in facts.sites},
-        refused_sites=sorted(facts.refused_sites.items()),
+        refused_sites=[
+            *sorted(facts.refused_sites.items()),
+            *(("name not known", code) for code in sorted(facts.refused_nodes)),
+        ],
         **_privacy(facts, study, metrics),
         **_losses(metrics),
         **_samples(run, facts),

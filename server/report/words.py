@@ -16,6 +16,7 @@ CODES = {
     "node_error": "the site's process failed",
     "no_answer": "no answer in time",
     "malformed": "an answer that does not fit the study",
+    "enrolment_changed": "another split of the patients, or another privacy unit, than when the run began",
     "internal": "unexpected error; the reason is in the site's own log",
     "no_patient_id": "no patient id, so it cannot be counted to a patient",
     "patient_mismatch": "file and table name different patients",

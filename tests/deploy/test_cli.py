@@ -23,7 +23,14 @@ def test_help_answers_within_half_a_second() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(time.monotonic() - started)
     assert median(seconds) < 0.5
-    for expected in ("examples:", "simulate --phantom", "--resume", "exit status:"):
+    for expected in (
+        "examples:",
+        "simulate --phantom",
+        "--resume",
+        "exit status:",
+        "1 a defect",
+        "4 the federation failed",
+    ):
         assert expected in done.stdout
 
 
@@ -156,6 +163,24 @@ def test_a_defect_is_1_without_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.status == 1
     assert "Unexpected ZeroDivisionError" in result.err
     assert one_paragraph(result.err)
+
+
+@pytest.mark.parametrize(("arguments", "folder"), [(("--out", "mine"), "mine"), ((), "runs/tiny")])
+@pytest.mark.parametrize("trained", [True, False])
+def test_ctrl_c_says_how_to_go_on(
+    trained: bool, arguments: tuple[str, ...], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        if trained:
+            Path(folder).mkdir(parents=True)
+            Path(folder, "study.toml").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deploy.runs.simulate", stopped)
+    result = synthward("simulate", tiny_study(tmp_path / "s.toml"), "--site", f"a={tmp_path}", *arguments)
+    assert result.status == 130
+    assert (f"--resume {folder}" if trained else "before training began") in result.err
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:

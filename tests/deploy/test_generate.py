@@ -62,9 +62,17 @@ def test_a_nifti_shows_the_same_picture(run: Run, tmp_path: Path) -> None:
         image = nibabel.load(nifti)
         assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
         np.testing.assert_array_equal(axial_slice(np.asarray(image.dataobj), 0), np.asarray(Image.open(png)))
-        assert bytes(image.header["descrip"]).startswith(b"SYNTHETIC")
-        assert b"NOT PRIVATE" not in bytes(image.header["descrip"])
+        assert image.header["descrip"].item() == b"SYNTHETIC; DP, unit: one patient"
         assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (1, 1)
+
+
+def test_a_nifti_says_when_the_unit_is_one_image(copied: Path, tmp_path: Path) -> None:
+    facts = RunRecord.load(copied)
+    facts.sites[1].record_is_patient = True
+    facts.save(copied)
+    assert synthward("generate", copied, "--count", 1, "--out", tmp_path / "i", "--format", "nifti").status == 0
+    (path,) = (tmp_path / "i").glob("*.nii.gz")
+    assert nibabel.load(path).header["descrip"].item() == b"SYNTHETIC; DP, unit: one image"
 
 
 def test_it_writes_into_no_occupied_folder(run: Run, tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
 
 from common.errors import ConfigError
 from common.phantom.brain import percentiles, site_look
-from deploy.phantoms import write_bids, write_radiographs
+from deploy.phantoms import write_bids
 
 SHAPE = (32, 32, 24)
 
@@ -78,13 +77,12 @@ def test_equal_seeds_write_equal_files_and_more_patients_change_no_picture(tmp_p
     assert gzip.decompress((other / name).read_bytes()) != gzip.decompress((few / name).read_bytes())
 
 
-@pytest.mark.parametrize("write", [write_bids, write_radiographs])
-def test_nothing_is_overwritten(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "site-2").mkdir()
     kept = tmp_path / "site-2" / "notes.txt"
     kept.write_text("mine")
     with pytest.raises(ConfigError, match="nothing was written") as caught:
-        write(tmp_path, sites=2, patients=1, seed=0)
+        write_bids(tmp_path, sites=2, patients=1, seed=0)
     assert caught.value.remedy
     assert [path.name for path in tmp_path.iterdir()] == ["site-2"]
     assert kept.read_text() == "mine"
@@ -105,19 +103,6 @@ def test_a_file_in_the_way_is_an_error_to_act_on(tmp_path: Path) -> None:
 def test_there_must_be_someone(tmp_path: Path, sites: int, patients: int) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         write_bids(tmp_path, sites=sites, patients=patients, seed=0)
-
-
-def test_radiographs_come_with_a_table(tmp_path: Path) -> None:
-    sites = write_radiographs(tmp_path, sites=2, patients=4, seed=1, size=64)
-    tables = [rows(site / "images.tsv") for site in sites]
-    assert len({row["patient_id"] for table in tables for row in table}) == 8
-    for site, table in zip(sites, tables, strict=True):
-        assert sorted(row["label"] for row in table) == ["clear", "clear", "opacity", "opacity"]
-        for row in table:
-            with Image.open(site / row["filename"]) as picture:
-                assert picture.size == (64, 64)
-                assert picture.mode == "L"
-                assert not picture.info
 
 
 def test_it_is_quick(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import deploy.simulate
 from client.data.inventory import list_patients
+from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.privacy import accounting
 from deploy.local_grid import LocalGrid
@@ -132,7 +133,7 @@ def test_no_reply_of_a_site_holds_a_patient_id_or_a_path(run: Run, hospitals: di
 
 
 def test_no_sample_is_a_real_slice(run: Run) -> None:
-    real = [np.load(path) for path in run.folder.glob("sites/*/prepared/*.npy")]
+    real = [np.load(path) for path in run.folder.glob("sites/*/prepared/*/*.npy")]
     slices = np.concatenate(real).reshape(-1, 28 * 28).astype(np.float64)
     assert len(slices) >= 50 * 5
     grids = [np.asarray(Image.open(path)) for path in run.folder.glob("samples/*.png")]
@@ -156,7 +157,7 @@ def test_data_are_split_by_patient(hospitals: dict[str, Path], tmp_path: Path) -
     assert [site.name for site in facts.sites] == ["site-1", "site-2", "site-3"]
     owned: list[str] = []
     for site in facts.sites:
-        prepared = tmp_path / "run" / "sites" / site.name / "prepared"
+        (prepared,) = (tmp_path / "run" / "sites" / site.name / "prepared").iterdir()
         for index in (json.loads((prepared / f"{name}.json").read_text()) for name in ("training", "held_out")):
             owned += index["patient_ids"]
     assert len(owned) == 25
@@ -217,7 +218,7 @@ def test_without_privacy_everything_says_so(hospitals: dict[str, Path], tmp_path
             if marks is None:
                 import nibabel
 
-                assert b"NOT PRIVATE" in bytes(nibabel.load(path).header["descrip"])
+                assert nibabel.load(path).header["descrip"].item() == b"SYNTHETIC; NOT PRIVATE"
             else:
                 assert marks in path.read_bytes()
         assert (out / "images.tsv").read_text().count("NOT PRIVATE") == 2
@@ -318,7 +319,8 @@ def test_a_site_whose_folder_is_gone_does_not_stop_a_resumed_run(copied: Path) -
     result = synthward("simulate", "--resume", copied)
     assert result.status == 4  # this study needs both
     assert study.federation.minimum_sites == 2
-    assert RunRecord.load(copied).refused_sites == {"small": "site", "node 2": "site"}
+    facts = RunRecord.load(copied)
+    assert (facts.refused_sites, facts.refused_nodes) == ({"small": "site"}, ["site"])
 
 
 # ---------------------------------------------------------------- resuming
@@ -373,6 +375,26 @@ def test_a_run_stopped_before_its_record_begins_again(copied: Path) -> None:
     facts = RunRecord.load(copied)
     assert (facts.status, facts.rounds_completed) == ("completed", 2)
     assert [accounting.num_steps(record.history(site)) for site in facts.sites] == [6, 6]
+    assert facts.refused_sites == {"small": "site"}  # refused in preparation, before there was a record
+
+
+def test_a_resumed_run_computes_where_it_is_told_or_where_it_did(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resumed(*arguments: str) -> tuple[int, str, list[str]]:
+        facts = RunRecord.load(copied)
+        facts.device = "elsewhere"
+        facts.save(copied)
+        status = synthward("simulate", "--resume", copied, *arguments).status
+        sites = [SiteSettings.load(copied / "sites" / name).device for name in ("north", "south")]
+        return status, RunRecord.load(copied).device, sites
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert resumed() == (0, "cpu", ["auto", "auto"])
+    assert resumed("--device", "cuda") == (2, "elsewhere", ["auto", "auto"])
+    assert resumed("--device", "cpu") == (0, "cpu", ["cpu", "cpu"])
+    assert resumed() == (0, "cpu", ["cpu", "cpu"])
+    north = copied / "sites" / "north" / "site.toml"
+    north.write_text(north.read_text().replace('"cpu"', '"cuda"'))
+    assert resumed() == (2, "elsewhere", ["cuda", "cpu"])  # the sites' own device is the run's
 
 
 def test_a_lost_accountant_is_never_replaced(copied: Path) -> None:

@@ -43,6 +43,7 @@ class Scripted:
     enrol: dict[int, Reply] = field(default_factory=dict)
     train: dict[int, Callable[[TrainRequest], Reply]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    timeouts: list[float] = field(default_factory=list)
     before: Callable[[str], None] = lambda group: None
 
     def nodes(self, minimum: int, wanted: int, timeout_seconds: float) -> tuple[int, ...]:
@@ -50,6 +51,7 @@ class Scripted:
 
     def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> dict[int, Answer]:
         self.asked.append(group)
+        self.timeouts.append(timeout_seconds)
         self.before(group)
         return {node: Answer(self._reply(node, request), 0.25) for node, request in requests.items()}
 

@@ -1,14 +1,18 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from common.config import StudyConfig
 from common.errors import ConfigError, TooFewSurvivors
 from common.messages import Enrolment, Refusal, Reply, TrainRequest
 from common.privacy import accounting
 from server import checkpoints, record
+from server.aggregation import GanState
 from server.record import RunRecord
 from server.study_run import run_study
 from tests.server.scripted import TRAINED, Scripted, honest, two_sites
@@ -16,6 +20,23 @@ from tests.server.scripted import TRAINED, Scripted, honest, two_sites
 
 def run(study: StudyConfig, sites: Scripted, out: Path, *, resume: bool = False) -> RunRecord:
     run_study(study, sites, out, "cpu", resume)
+    return RunRecord.load(out)
+
+
+def stop(at: str, error: type[BaseException]) -> Callable[[str], None]:
+    """For ``Scripted.before``: raise when the messages of this group have gone out."""
+
+    def before(group: str) -> None:
+        if group == at:
+            raise error
+
+    return before
+
+
+def stop_in(study: StudyConfig, out: Path, at: str, error: type[BaseException]) -> RunRecord:
+    """Begin a run that stops while it waits for the answers of this group."""
+    with pytest.raises(error):
+        run(study, Scripted(study, before=stop(at, error)), out)
     return RunRecord.load(out)
 
 
@@ -67,7 +88,45 @@ def test_who_cannot_enrol_takes_no_part(reply: Reply, code: str, tmp_path: Path)
     assert facts.status == "completed"
     assert [site.name for site in facts.sites] == ["north"]
     assert facts.sites[0].holdout_commitment == "ab" * 32
-    assert facts.refused_sites == {"node 3": code}
+    assert (facts.refused_sites, facts.refused_nodes) == ({}, [code])
+
+
+def test_what_sites_commit_themselves_to_is_on_disk_before_the_first_round(tmp_path: Path) -> None:
+    study = two_sites()
+    seen: list[list[str]] = []
+
+    def before(group: str) -> None:
+        seen.append([site.holdout_commitment for site in RunRecord.load(tmp_path).sites])
+
+    run(study, Scripted(study, before=before), tmp_path)
+    assert seen[:2] == [[], ["ab" * 32, "ab" * 32]]  # asked to enrol, asked for round 1
+
+
+@pytest.mark.parametrize("changed", [Enrolment("south", "cd" * 32, False), Enrolment("south", "ab" * 32, True)])
+def test_a_site_cannot_come_back_with_another_split_or_unit(changed: Enrolment, tmp_path: Path) -> None:
+    study = two_sites()
+    stop_in(study, tmp_path, "2", KeyboardInterrupt)
+    facts = run(study, Scripted(study, enrol={3: changed}), tmp_path, resume=True)
+    assert facts.refused_sites == {"south": "enrolment_changed"}
+    assert facts.site("south").holdout_commitment == "ab" * 32
+    assert [site.rounds for site in facts.sites] == [[1, 2], [1]]
+
+
+def test_a_resumed_run_asks_refused_sites_anew_but_not_those_without_a_contract(tmp_path: Path) -> None:
+    study = two_sites()
+    with pytest.raises(KeyboardInterrupt):
+        sites = Scripted(study, enrol={3: Refusal("site")}, before=stop("2", KeyboardInterrupt))
+        run_study(study, sites, tmp_path, "cpu", False, {"west": "privacy"})
+    assert RunRecord.load(tmp_path).refused_nodes == ["site"]
+    facts = run(study, Scripted(study), tmp_path, resume=True)
+    assert (facts.refused_sites, facts.refused_nodes) == ({"west": "privacy"}, [])
+
+
+def test_a_site_may_check_its_data_as_long_as_a_round_takes(tmp_path: Path) -> None:
+    study = two_sites(round_timeout_seconds=7200.0)
+    sites = Scripted(study)
+    run(study, sites, tmp_path)
+    assert sites.timeouts == [7200.0] * 3
 
 
 def test_too_few_enrolled_sites_fail_the_run(tmp_path: Path) -> None:
@@ -92,21 +151,29 @@ def late(request: TrainRequest) -> Reply:
     return Refusal("no_answer")
 
 
-def test_a_late_site_is_charged_as_planned_until_it_speaks_again(tmp_path: Path) -> None:
+def test_a_round_is_charged_on_disk_before_it_is_asked_for(tmp_path: Path) -> None:
+    """So that a kill at any moment leaves no figure below a site's accountant."""
     study = two_sites()
+    seen: list[dict[str, int]] = []
+    run(study, Scripted(study, before=lambda group: seen.append(steps(RunRecord.load(tmp_path)))), tmp_path)
+    assert seen == [{}, {"north": 3, "south": 3}, {"north": 6, "south": 6}]
+
+
+def test_a_late_site_is_charged_as_planned_until_it_speaks_again(tmp_path: Path) -> None:
+    study = two_sites(rounds=3)
     seen: list[dict[str, int]] = []
 
     def train(request: TrainRequest) -> Reply:
-        return late(request) if request.round == 1 else honest(study, request)
+        if request.round == 1:
+            return late(request)
+        history = honest(study, replace(request, round=request.round - 1)).history
+        return replace(honest(study, request), history=history)  # what was asked in round 1 never came to the site
 
-    def before(group: str) -> None:
-        if group == "2":
-            seen.append(steps(RunRecord.load(tmp_path)))
-
-    facts = run(study, Scripted(study, train={3: train}, before=before), tmp_path)
-    assert seen == [{"north": 3, "south": 3}]
-    assert steps(facts) == {"north": 6, "south": 6}
-    assert [(site.rounds, site.refusals) for site in facts.sites] == [([1, 2], {}), ([2], {"no_answer": 1})]
+    sites = Scripted(study, train={3: train}, before=lambda group: seen.append(steps(RunRecord.load(tmp_path))))
+    facts = run(study, sites, tmp_path)
+    assert [charged["south"] for charged in seen[1:]] == [3, 6, 6]  # one ahead, one unseen and one ahead, two
+    assert steps(facts) == {"north": 9, "south": 6}
+    assert [(site.rounds, site.refusals) for site in facts.sites] == [([1, 2, 3], {}), ([2, 3], {"no_answer": 1})]
 
 
 def test_a_site_late_for_ever_is_charged_no_more_than_the_plan(tmp_path: Path) -> None:
@@ -145,7 +212,15 @@ def test_an_update_of_a_round_that_failed_counts(tmp_path: Path) -> None:
         run(study, Scripted(study, train={3: train}), tmp_path)
     facts = RunRecord.load(tmp_path)
     assert (facts.status, facts.rounds_completed) == ("failed", 1)
-    assert steps(facts) == {"north": 6, "south": 3}
+    assert steps(facts) == {"north": 6, "south": 6}  # south may have charged the round before it failed
+
+
+def test_a_history_that_cannot_be_true_is_left_out_and_charged(tmp_path: Path) -> None:
+    study = two_sites()
+    facts = run(study, Scripted(study, train={3: lambda r: replace(honest(study, r), history=())}), tmp_path)
+    assert steps(facts) == {"north": 6, "south": 6}
+    assert facts.site("south").epsilon == facts.site("north").epsilon
+    assert (facts.site("south").rounds, facts.site("south").refusals) == ([], {"malformed": 2})
 
 
 def test_spent_budgets_complete_the_run(tmp_path: Path) -> None:
@@ -169,16 +244,10 @@ def test_a_run_that_stops_says_how_and_goes_on(
     error: type[BaseException], status: str, code: str, tmp_path: Path
 ) -> None:
     study = two_sites()
-
-    def before(group: str) -> None:
-        if group == "2":
-            raise error
-
-    with pytest.raises(error):
-        run(study, Scripted(study, before=before), tmp_path)
-    stopped = RunRecord.load(tmp_path)
+    stopped = stop_in(study, tmp_path, "2", error)
     assert (stopped.status, stopped.error, stopped.rounds_completed) == (status, code, 1)
     assert stopped.sites[0].accountant == "prv"
+    assert steps(stopped) == {"north": 6, "south": 6}  # whoever was asked for round 2 may have charged it
 
     sites = Scripted(study)
     facts = run(study, sites, tmp_path, resume=True)
@@ -194,10 +263,10 @@ def test_the_record_is_on_disk_before_the_checkpoint(tmp_path: Path, monkeypatch
     study = two_sites(rounds=1)
     save = checkpoints.save
 
-    def killed(folder: Path, state: object) -> Path:
-        if state.round == 1:  # type: ignore[attr-defined]
+    def killed(folder: Path, state: GanState, notice: str) -> Path:
+        if state.round == 1:
             raise SystemExit("killed")
-        return save(folder, state)  # type: ignore[arg-type]
+        return save(folder, state, notice)
 
     monkeypatch.setattr(checkpoints, "save", killed)
     with pytest.raises(SystemExit):
@@ -221,12 +290,28 @@ def test_a_lost_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_weights_of_a_drawn_size_have_no_say(tmp_path: Path) -> None:
     """Only contracted sizes weigh: what a site claims to have spent changes nothing."""
-    study = two_sites(rounds=1, weights="contracted")
+    study = two_sites(weights="contracted")
 
     def train(request: TrainRequest) -> Reply:
         update = honest(study, request)
-        return replace(update, generator=3 * update.generator, history=())
+        return replace(update, generator=3 * update.generator, history=(replace(update.history[0], steps=6),))
 
     run(study, Scripted(study, train={3: train}), tmp_path)
     first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 1))
     np.testing.assert_allclose(last.generator - first.generator, TRAINED * (0.25 + 0.75 * 3), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- everything says how private it is
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_every_file_of_a_run_says_whether_it_is_private(private: bool, tmp_path: Path) -> None:
+    study = two_sites(rounds=1).with_changes("privacy", enabled=private)
+    facts = run(study, Scripted(study), tmp_path)
+    assert ("NOT PRIVATE" in facts.notice) is not private
+    for number in range(2):
+        with Image.open(tmp_path / "samples" / f"round-{number:04d}.png") as picture:
+            assert picture.text["Description"] == f"SYNTHETIC image. {facts.notice}"
+        checkpoint = torch.load(tmp_path / "checkpoints" / f"round-{number:04d}.pt", weights_only=True)
+        assert checkpoint["notice"] == facts.notice
+    assert [line["private"] for line in record.read_metrics(tmp_path)] == [private]

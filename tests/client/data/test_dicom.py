@@ -59,7 +59,6 @@ def test_one_slice_that_differs_refuses_the_series(tmp_path: Path) -> None:
     for name, code, fields in (
         ("orientation", "mixed_orientation", {"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}),
         ("spacing", "mixed_series", {"PixelSpacing": [1, 1]}),
-        ("patient", "mixed_series", {"PatientID": "p2"}),
         ("size", "mixed_series", {"pixels": np.ones((30, 24), np.uint16)}),
         ("flag", "burned_in_text", {"BurnedInAnnotation": "YES"}),
         ("name", "identifier_in_header", {"PatientName": "Doe^Jane"}),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.data.inventory import Inventory, list_patients, take_inventory
+from client.data.inventory import Inventory, Refusal, list_patients, take_inventory
 from common.errors import SiteError
 from tests.client.data.builders import inventory_of, voxels, write_nifti, write_picture, write_series
 
@@ -38,7 +38,7 @@ def test_bids(tmp_path: Path) -> None:
     inventory = take_inventory(bids(tmp_path), label_column="group", labels=("ill", "well"))
     assert inventory.patients == ("sub-01", "sub-02", "sub-03")
     assert [record.label for record in inventory.records] == ["well", "ill", "well"]
-    assert inventory.refusals == () and inventory.labels == ("ill", "well") and not inventory.record_is_patient
+    assert inventory.refusals == () and not inventory.record_is_patient
 
 
 def test_bids_sessions_are_one_patient_and_other_images_are_left_out(tmp_path: Path) -> None:
@@ -102,16 +102,36 @@ def test_dicom_labels_come_from_a_table_of_patients(tmp_path: Path) -> None:
 
 def test_faults_of_the_table(tmp_path: Path) -> None:
     pictures(tmp_path)
-    write_picture(tmp_path / "more" / "2.png", seed=9)
-    (tmp_path / "images.tsv").write_text(
-        "filename\tpatient_id\n0.png\ta\n0.png\tb\nimages/1.png\ta\n2.png\tb\ngone.png\tc\n"
-    )
-    assert codes(inventory_of(tmp_path)) == {
+    (tmp_path / "images.tsv").write_text("filename\tpatient_id\n0.png\ta\n0.png\tb\nimages/1.png\ta\ngone.png\tc\n")
+    assert codes(inventory_of(tmp_path, records=False)) == {
         "images/0.png": "conflicting_table",
-        "images/2.png": "ambiguous_file",
-        "more/2.png": "ambiguous_file",
+        "images/2.png": "no_patient_id",
         "gone.png": "missing_file",
     }
+
+
+def test_names_in_the_table_start_at_its_folder_or_at_images(tmp_path: Path) -> None:
+    for index, name in enumerate(("0.png", "images/1.png", "images/c/2.png", "other/3.png", "images/4.png", "4.png")):
+        write_picture(tmp_path / name, seed=index)
+    (tmp_path / "images.tsv").write_text(
+        "filename\tpatient_id\n0.png\ta\n1.png\tb\nc/2.png\tc\n3.png\td\n4.png\te\nimages/4.png\tf\n"
+    )
+    inventory = inventory_of(tmp_path, records=False)
+    assert {record.file: record.patient_id for record in inventory.records} == {
+        "0.png": "a",
+        "images/1.png": "b",
+        "images/c/2.png": "c",
+        "4.png": "e",
+        "images/4.png": "f",
+    }
+    assert codes(inventory) == {"other/3.png": "no_patient_id", "3.png": "missing_file"}
+
+
+def test_a_listed_file_that_is_left_out_is_not_missing(tmp_path: Path) -> None:
+    for kind in ("T1w", "T2w"):
+        write_nifti(tmp_path / "sub-1" / "anat" / f"sub-1_{kind}.nii")
+    (tmp_path / "images.csv").write_text("file,patient_id\nsub-1/anat/sub-1_T2w.nii,sub-1\n")
+    assert not inventory_of(tmp_path).refusals
 
 
 def test_copies(tmp_path: Path) -> None:
@@ -148,6 +168,7 @@ def test_no_file_stops_the_others(tmp_path: Path) -> None:
     (tmp_path / "program").write_bytes(b"x")
     inventory = inventory_of(tmp_path)
     assert codes(inventory) == {
+        "gone.nii": "unreadable",
         "sub-02/anat/sub-02_T1w.nii.gz": "truncated",
         "scan.mgz": "unsupported_format",
         "scan.dcm": "unreadable",
@@ -240,10 +261,39 @@ def test_patients_can_be_listed_without_reading_pixels(tmp_path: Path) -> None:
 def test_only_wanted_patients_take_part(tmp_path: Path) -> None:
     pictures(tmp_path)
     write_picture(tmp_path / "images" / "3.png", seed=0)  # a copy of a's first, of another patient
+    write_picture(tmp_path / "images" / "4.png", seed=4)  # of a patient whom nothing names
+    for name in ("images/5.tif", "sub-a/x.mgz", "sub-b/x.mgz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    write_nifti(tmp_path / "sub-b" / "anat" / "sub-c_T1w.nii.gz")
     (tmp_path / "images.tsv").write_text(
         "filename\tpatient_id\tlabel\n0.png\ta\twell\n1.png\ta\till\n2.png\tb\todd\n3.png\tc\twell\n"
-        "gone.png\tb\twell\nlost.png\ta\twell\n"
+        "gone.png\tb\twell\nlost.png\ta\twell\nnobody.png\t\twell\n5.tif\ta\twell\n"
     )
-    inventory = take_inventory(tmp_path, label_column="label", labels=("well", "ill"), patients=("a",))
-    assert inventory.patients == ("a",) and codes(inventory) == {"lost.png": "missing_file"}
-    assert take_inventory(tmp_path, label_column="label", patients=()).records == ()
+
+    def of(*patients: str) -> Inventory:
+        return take_inventory(tmp_path, label_column="label", labels=("well", "ill"), patients=patients)
+
+    assert of("a").patients == ("a",)
+    assert codes(of("a")) == {"lost.png": "missing_file", "images/5.tif": "unsupported_format"}
+    assert codes(of("b")) == {"images/2.png": "unknown_label", "gone.png": "missing_file"}
+    assert codes(of("sub-a")) == {"sub-a/x.mgz": "unsupported_format"}
+    assert codes(of("sub-b")) == {
+        "sub-b/x.mgz": "unsupported_format",
+        "sub-b/anat/sub-c_T1w.nii.gz": "patient_mismatch",
+    }
+    assert of().records == () and of().refusals == ()
+    everything = take_inventory(tmp_path, label_column="label", labels=("well", "ill"))
+    assert codes(everything).items() >= {"images/4.png": "no_patient_id", "nobody.png": "missing_file"}.items()
+    assert len(everything.refusals) == 10
+
+
+def test_what_is_refused_later_is_no_record_any_more(tmp_path: Path) -> None:
+    bids(tmp_path)
+    (tmp_path / "scan.mgz").write_bytes(b"x")
+    before = inventory_of(tmp_path)
+    later = Refusal("sub-02/anat/sub-02_T1w.nii.gz", "no_usable_slice", "expected anatomy")
+    after = before.with_refusals([later])
+    assert after.patients == ("sub-01", "sub-03") and len(after.refusals) == 2
+    assert after.refusal_counts() == {"no_usable_slice": 1, "unsupported_format": 1}
+    assert before.with_refusals(()) == before

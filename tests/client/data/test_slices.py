@@ -80,7 +80,7 @@ def picture_folder(root: Path, counts: dict[str, int]) -> Path:
     lines, seed = ["filename\tpatient_id\tlabel"], 0
     for patient, count in counts.items():
         for index in range(count):
-            write_picture(root / f"{patient}_{index}.png", seed=seed)
+            write_picture(root / "images" / f"{patient}_{index}.png", seed=seed)
             lines.append(f"{patient}_{index}.png\t{patient}\t{'ab'[index % 2]}")
             seed += 1
     (root / "images.tsv").write_text("\n".join(lines) + "\n")
@@ -97,14 +97,14 @@ def everyone(folder: Path) -> tuple[Patient, ...]:
 
 
 def prepared(patients: tuple[Patient, ...], folder: Path, **options: object) -> PreparedCohort:
-    plain: dict = {"image_size": 16, "channels": 1, "name": "training", "labels": ("a", "b")}
+    plain: dict = {"image_size": 16, "name": "training", "labels": ("a", "b")}
     return prepare(patients, folder, **(plain | options))
 
 
 def test_draw(tmp_path: Path) -> None:
     cohort = prepared(everyone(picture_folder(tmp_path / "in", {"one": 1, "many": 50})), tmp_path / "out")
     assert cohort.patient_ids == ("many", "one") and cohort.num_patients == 2
-    assert (cohort.num_images(0), cohort.num_images(1)) == (50, 1)
+    assert np.diff(cohort.starts).tolist() == [50, 1]
     images, labels = cohort.draw(0, 8)
     assert images.shape == (8, 1, 16, 16) and images.dtype == np.float32 and labels.shape == (8,)
     assert images.min() >= -1 and images.max() <= 1 and type(images) is np.ndarray
@@ -167,10 +167,10 @@ def test_reopening_and_rebuilding(tmp_path: Path) -> None:
     again = prepared(patients, tmp_path / "out")
     assert data.stat().st_mtime_ns == made
     np.testing.assert_array_equal(first.images, again.images)
-    assert prepared(patients, tmp_path / "out", image_size=24, channels=3).images.shape == (5, 3, 24, 24)
+    assert prepared(patients, tmp_path / "out", image_size=24).images.shape == (5, 1, 24, 24)
     assert len(list((tmp_path / "out").iterdir())) == 2 and not data.exists()  # the old pixels are gone
     assert prepared(patients[:1], tmp_path / "out").images.shape == (2, 1, 16, 16)
-    source = tmp_path / "in" / "a_0.png"
+    source = tmp_path / "in" / "images" / "a_0.png"
     write_picture(source, seed=99)
     os.utime(source, (1, 1))
     changed = prepared(patients, tmp_path / "out")
@@ -206,11 +206,12 @@ def test_private_files_and_no_leftovers(tmp_path: Path) -> None:
 
 def test_what_fails_after_the_inventory_is_refused(tmp_path: Path) -> None:
     patients = everyone(picture_folder(tmp_path / "in", {"a": 1, "b": 2}))
-    (tmp_path / "in" / "a_0.png").write_bytes(b"")
-    (tmp_path / "in" / "b_0.png").unlink()
+    (tmp_path / "in" / "images" / "a_0.png").write_bytes(b"")
+    (tmp_path / "in" / "images" / "b_0.png").unlink()
     cohort = prepared(patients, tmp_path / "out")
     assert cohort.patient_ids == ("b",) and len(cohort.images) == 1
     assert [refusal.code for refusal in cohort.refusals] == ["unreadable", "unreadable"]
+    assert [refusal.file for refusal in cohort.refusals] == ["images/a_0.png", "images/b_0.png"]
     assert prepared(patients, tmp_path / "out").refusals == cohort.refusals
 
 
@@ -222,7 +223,7 @@ def test_no_patients(tmp_path: Path) -> None:
 def test_a_volume_without_anatomy_in_the_middle(tmp_path: Path) -> None:
     data = np.zeros((20, 20, 16), np.uint8)
     data[5:15, 5:15, :3] = np.arange(300).reshape(10, 10, 3) % 250
-    record = ImageRecord("p", None, (write_nifti(tmp_path / "a.nii", data),), "volume", "nifti")
+    record = ImageRecord("a.nii", "p", None, (write_nifti(tmp_path / "a.nii", data),), "volume", "nifti")
     cohort = prepared((Patient("p", (record,)),), tmp_path / "out", labels=())
     assert [refusal.code for refusal in cohort.refusals] == ["no_usable_slice"] and cohort.num_patients == 0
 
@@ -237,7 +238,8 @@ def test_dicom_series_are_prepared(tmp_path: Path) -> None:
 def test_real_brains(shared_data: Path, tmp_path: Path) -> None:
     inventory = take_inventory(shared_data / "ds002748_2mm", label_column="group")
     cohort = split(inventory, bytes(range(32)), 72)
-    training = prepare(cohort.training, tmp_path, image_size=64, channels=1, name="training", labels=inventory.labels)
+    labels = tuple(sorted({record.label for record in inventory.records if record.label is not None}))
+    training = prepare(cohort.training, tmp_path, image_size=64, name="training", labels=labels)
     assert training.num_patients == len(cohort.training) and not training.refusals
     assert len(training.images) == training.num_patients * len(slice_indices(80))
     mean = training.images[:, 0].mean(axis=0)  # (row, column)

@@ -17,7 +17,8 @@ from tests.server.report.runs import STEPS, Page, line, make_run, save, spent, w
 def test_the_figures_appear(tmp_path: Path) -> None:
     run = make_run()
     run.sites[1].refusals = {"no_answer": 7}
-    run.refused_sites = {"node 9": "budget_exhausted"}
+    run.refused_sites = {"west": "privacy"}
+    run.refused_nodes = ["budget_exhausted"]
     save(tmp_path, run)
     page = Page.of(tmp_path)
     figure = epsilon_text(spent(3 * STEPS))
@@ -25,7 +26,9 @@ def test_the_figures_appear(tmp_path: Path) -> None:
         "pilot completed",
         f"north {figure} at 1e-5 (PRV) 30 steps, noise 2, q 0.25 3 of 3 160 40 none",
         "7 × no_answer , no answer in time",
-        "node 9 budget_exhausted the site has spent what the study planned for it",
+        "and 2 that took no part",
+        "west privacy training would break or exceed the guarantee",
+        "name not known budget_exhausted the site has spent what the study planned for it",
         "Target ε = 10 at δ = 1e-5",
         "Add or remove one patient",
         "the coordinator sees every site's own update",
@@ -121,7 +124,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     run.error, run.status, run.device, run.notice = hostile, "failed", hostile, hostile
     run.aggregation = hostile
     run.sites[1].refusals = {hostile: 1}
-    run.refused_sites = {hostile: hostile}
+    run.refused_sites, run.refused_nodes = {hostile: hostile}, [hostile]
     run.warm_start = warm(hostile)
     run.versions, run.seconds = {hostile: hostile}, {hostile: 1.0}
     run.sites[1].epsilon = 9.0  # curves differ, so that the name stands in a legend of its own
@@ -131,7 +134,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "sites" / "<b>site" / "data-check.json").write_text(json.dumps(check))
     page = Page.of(tmp_path)
     assert [image for image in page.all("img") if "onerror" in image or not image["src"].startswith("data:")] == []
-    assert page.text.count(hostile) >= 14
+    assert page.text.count(hostile) >= 15
     assert "<b>site" in page.text
 
 

@@ -47,7 +47,7 @@ sampling_probability = 0.00133
 images_per_patient = 1
 [federation]
 rounds = 20
-local_steps = 200
+local_steps = 400
 """
 PRIVATE = """discriminator_width = 8
 generator_learning_rate = 1e-3
@@ -61,7 +61,7 @@ sampling_probability = 0.008
 images_per_patient = 1
 [federation]
 rounds = 20
-local_steps = 100
+local_steps = 130
 """
 
 

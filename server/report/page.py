@@ -9,7 +9,6 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,11 +49,9 @@ def write_report(run: Path) -> Path:
     facts = RunRecord.load(run)
     study = _study(facts)
     metrics = record.read_metrics(run)
-    written = datetime.fromtimestamp((run / record.RUN_FILE).stat().st_mtime, UTC)
     page = _render(
         run=facts,
         study=study,
-        written=written,
         num_rounds=len(metrics),
         error_words=words.CODES.get(facts.error, ""),
         missed={site.name: set(range(1, facts.rounds_completed + 1)) - set(site.rounds) for site in facts.sites},

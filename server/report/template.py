@@ -20,7 +20,8 @@ _HEAD = """
 <h1>{{ study.name }}</h1>
 <p><span class="status {{ run.status }}">{{ run.status }}</span>
 {% if run.status == "running" %}Not finished when this was written, or stopped without notice.{% endif %}
-<span class="soft">Recorded {{ written.strftime("%Y-%m-%d %H:%M") }} UTC</span></p>
+<span class="soft">Started {{ run.started[:16] | replace("T", " ") }} UTC
+{%- if run.finished %}, ended {{ run.finished[:16] | replace("T", " ") }} UTC{% endif %}</span></p>
 {% if run.error %}
 <div class="banner error" role="note"><strong>{{ run.status | capitalize }}: {{ run.error }}</strong>
 {% if error_words %}<p>{{ error_words | capitalize }}.</p>{% endif %}</div>

@@ -273,6 +273,16 @@ def test_losses_that_are_not_numbers_do_not_break_the_chart(tmp_path: Path) -> N
     assert '<td class="n">nan</td>' in text
 
 
+def test_the_time_is_the_runs_own(tmp_path: Path) -> None:
+    run = make_run()
+    run.started, run.finished = "2026-03-04T05:06:07+00:00", "2026-03-04T06:07:08+00:00"
+    save(tmp_path, run)
+    assert "Started 2026-03-04 05:06 UTC, ended 2026-03-04 06:07 UTC" in Page.of(tmp_path).text
+    run.finished = None
+    save(tmp_path, run)
+    assert "ended" not in Page.of(tmp_path).text.split("What is guaranteed")[0]
+
+
 def test_the_report_is_written_again_over_the_old_one(tmp_path: Path) -> None:
     run = make_run()
     save(tmp_path, run)

@@ -279,7 +279,7 @@ def test_the_time_is_the_runs_own(tmp_path: Path) -> None:
     save(tmp_path, run)
     assert "Started 2026-03-04 05:06 UTC, ended 2026-03-04 06:07 UTC" in Page.of(tmp_path).text
     run.finished = None
-    save(tmp_path, run)
+    run.save(tmp_path)
     assert "ended" not in Page.of(tmp_path).text.split("What is guaranteed")[0]
 
 

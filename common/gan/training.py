@@ -70,7 +70,8 @@ class GanTrainer:
         """Fresh fakes with uniform labels: images (count, channels, size, size) and labels (count,)."""
         latent = torch.randn(count, self.study.gan.latent_size, generator=self.random).to(self.device)
         label = torch.randint(self.study.image.num_classes, (count,), generator=self.random).to(self.device)
-        # bf16 only where no clipped gradient is made; the discriminator's step stays float32.
+        # bf16 and channels_last only where no clipped gradient is made: the discriminator stays float32 and contiguous,
+        # as Opacus unfolds its activations and norms must be exact.
         mixed = self.device.type == "cuda" and self.study.performance.mixed_precision
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
             images = self.generator(latent, label)

@@ -56,7 +56,7 @@ discriminator_steps_per_generator_step = 3
 ema_decay = 0.99
 [privacy]
 epsilon = {epsilon}
-delta = 2e-6
+delta = 1e-6
 sampling_probability = 0.008
 images_per_patient = 1
 [federation]

@@ -148,9 +148,9 @@ def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: 
 
 def _draw(at: SiteStudy) -> RealBatch:
     """Poisson-sample patients, then a few images of each."""
-    privacy, image = at.study.privacy, at.study.image
+    privacy = at.study.privacy
     random = secrets.SystemRandom()
-    images = [np.zeros((0, image.channels, image.size, image.size), np.float32)]
+    images = [np.zeros((0, *at.cohort.images.shape[1:]), np.float32)]
     labels, owners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for position, patient in enumerate(draw_patients(at.cohort.num_patients, privacy.sampling_probability)):
         drawn, drawn_labels = at.cohort.draw(int(patient), privacy.images_per_patient, random)

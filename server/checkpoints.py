@@ -34,10 +34,15 @@ def write(path: Path, state: GanState, notice: str) -> None:
 
 def load(path: Path) -> GanState:
     """Read one checkpoint. Raises ConfigError when it is not one."""
+    return load_with_notice(path)[0]
+
+
+def load_with_notice(path: Path) -> tuple[GanState, str]:
+    """The checkpoint, and the notice of the run that made it. Raises ConfigError when it is not one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         vectors = [content[key].numpy() for key in ("generator", "discriminator", "generator_average")]
-        return GanState(int(content["round"]), *vectors)
+        return GanState(int(content["round"]), *vectors), str(content["notice"])
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
         raise ConfigError(f"{path} is not a checkpoint ({type(error).__name__}).", "Give a file of a run.") from None
 

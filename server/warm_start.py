@@ -49,7 +49,8 @@ def warm_start(study: StudyConfig, device: torch.device) -> WarmStart:
         source = f"public phantoms ({study.gan.warm_start_anatomy}), {study.gan.warm_start_steps} steps"
     else:
         path, cached = Path(study.gan.warm_start), False
-        source = "a checkpoint given by the study"
+        _, notice = checkpoints.load_with_notice(path)
+        source = f"a checkpoint given by the study, whose own notice is: {notice}"
     state = checkpoints.load(path)
     _check_fits(study, state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

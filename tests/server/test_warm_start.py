@@ -73,9 +73,10 @@ def test_another_recipe_is_another_warm_start(change: dict[str, object]) -> None
 
 def test_a_checkpoint_of_another_run_begins_a_new_one_at_round_zero(tmp_path: Path) -> None:
     trained = dataclasses.replace(warm_start(TINY, CPU).state, round=7)
-    path = checkpoints.save(tmp_path, trained, "")
+    path = checkpoints.save(tmp_path, trained, "NOT PRIVATE: public data.")
     start = warm_start(TINY.with_changes("gan", warm_start=str(path)), CPU)
     assert start.state.round == 0
+    assert start.record is not None and "NOT PRIVATE" in start.record.source  # its own notice goes along
     np.testing.assert_array_equal(start.state.generator, trained.generator)
     with pytest.raises(ConfigError, match="parameters"):
         warm_start(TINY.with_changes("gan", warm_start=str(path), generator_width=8), CPU)

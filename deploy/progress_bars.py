@@ -36,7 +36,7 @@ class ProgressBars:
 
     def say(self, text: str) -> None:
         """One line of text above the bars."""
-        self._console.print(text, style="dim", highlight=False, markup=False)
+        self._console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def warm_start_stepped(self, done: int, total: int) -> None:
         """Listener of the warm start's steps."""

@@ -100,7 +100,6 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
     contract = dict(study.federation.contracted_patients)
     taking_part: dict[str, int] = {}
     refused: dict[str, str] = {}
-    reasons: list[str] = []
     for settings in simulation.sites:
         bars.say(f"checking the data of {settings.name}")
         settings.save()
@@ -108,14 +107,14 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
             num_patients = _prepare(settings, study)
         except Exception as error:  # one site's trouble does not end the run
             refused[settings.name] = error.code if isinstance(error, FederationError) else INTERNAL
-            reasons.append(f"{settings.name}: {error}")
             bars.say(f"{settings.name} takes no part: {error}")
             continue
         taking_part[settings.name] = contract.get(settings.name, num_patients)
     if len(taking_part) < study.federation.minimum_sites:
         minimum = study.federation.minimum_sites
         raise SiteError(
-            f"Expected at least {minimum} sites with usable data, found {len(taking_part)}. {' '.join(reasons)}"
+            f"Expected at least {minimum} sites with usable data, found {len(taking_part)}.",
+            "Each site's reason stands above and in its site.log.",
         )
     return study.with_changes("federation", contracted_patients=taking_part), refused
 

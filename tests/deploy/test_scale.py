@@ -54,7 +54,7 @@ def test_everything_but_training_is_less_than_a_tenth_of_the_rounds(
         trained.append((started, time.monotonic()))
 
     monkeypatch.setattr(client.training, "_train", timed)
-    result = synthward("simulate", "--phantom", 40, "--sites", 3, "--rounds", 3, "--out", tmp_path / "run")
+    result = synthward("simulate", "--phantom", 100, "--sites", 3, "--rounds", 3, "--out", tmp_path / "run")
     assert result.status == 0, result.err
     training, until = 0.0, 0.0
     for start, end in sorted(trained):

@@ -61,7 +61,7 @@ sampling_probability = 0.008
 images_per_patient = 1
 [federation]
 rounds = 20
-local_steps = 130
+local_steps = 100
 """
 
 

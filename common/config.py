@@ -16,6 +16,7 @@ from common.errors import ConfigError
 
 # Labels and names pass through Flower's run config as "a,b" and "name=count,...": no such signs, no spaces at the ends.
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=\s]([^,=]*[^,=\s])?$")]
+LossName = Literal["non_saturating", "hinge", "least_squares"]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -77,7 +78,7 @@ class GanConfig(Part):
     """Architecture and losses. Widths are channels at the finest resolution; they double as resolution halves."""
 
     family: Literal["dcgan"] = "dcgan"
-    loss: Literal["non_saturating", "hinge", "least_squares"] = "non_saturating"
+    loss: LossName = "non_saturating"
     latent_size: int = Field(64, ge=1, le=1024)
     generator_width: int = Field(16, ge=4, le=256)
     discriminator_width: int = Field(8, ge=4, le=256)

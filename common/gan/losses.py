@@ -3,12 +3,10 @@
 Every loss has the form  E_real a(D(x)) + E_fake b(D(G(z)))  and none mixes rows.
 """
 
-from typing import Literal
-
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-LossName = Literal["non_saturating", "hinge", "least_squares"]
+from common.config import LossName
 
 
 def real_loss(name: LossName, logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from common.orientation import SLICE_RANGE
 from common.phantom.anatomy import Anatomy, Array, draw_anatomies, to_head_frame
-from common.phantom.look import PUBLIC_LOOK, PUBLIC_STRIPPED_LOOK, SiteLook, site_look, varied_look
+from common.phantom.look import PUBLIC_LOOK, PUBLIC_STRIPPED_LOOK, SiteLook, site_look
 from common.phantom.tissue import Tissues, depth_below_surface, head_signal
 
 __all__ = [
@@ -138,7 +138,6 @@ def draw_slices(
     *,
     lesion: NDArray[np.bool_],
     look: SiteLook = PUBLIC_LOOK,
-    look_spread: float = 0.0,
 ) -> NDArray[np.float32]:
     """Slices of as many different patients, at random heights within ``SLICE_RANGE``.
 
@@ -148,7 +147,6 @@ def draw_slices(
         size: pixels along each side.
         lesion: (count,) which patients have a lesion.
         look: the scanner.
-        look_spread: standard deviation by which every slice's own contrast differs from ``look``, as a fraction.
 
     Returns:
         (count, 1, size, size) in [-1, 1], scaled as a volume's 1st to 99th percentile would be.
@@ -159,11 +157,10 @@ def draw_slices(
     batch = max(1, _CHUNK_POINTS // (size * size))
     for start in range(0, count, batch):
         ill = lesion[start : start + batch]
-        looks = [varied_look(rng, look, look_spread) for _ in ill] if look_spread > 0 else [look] * len(ill)
         slices = render_slices(
-            draw_anatomies(rng, lesion=ill), looks, rng.uniform(*SLICE_RANGE, len(ill)), size, rng=rng
+            draw_anatomies(rng, lesion=ill), [look] * len(ill), rng.uniform(*SLICE_RANGE, len(ill)), size, rng=rng
         )
-        low, high = _scales(look, looks)
+        low, high = np.array(percentiles(look), np.float32)
         out[start : start + batch, 0] = np.clip(2 * (slices - low) / (high - low) - 1, -1, 1)
     return out
 
@@ -182,15 +179,6 @@ def percentiles(look: SiteLook) -> tuple[float, float]:
     coarse = [render_volume(draw_anatomy(rng, lesion=False), look, (40, 40, 30), rng=rng) for _ in range(4)]
     low, high = np.mean([np.percentile(volume, [1, 99]) for volume in coarse], axis=0)
     return float(low), float(high)
-
-
-def _scales(look: SiteLook, varied: list[SiteLook]) -> tuple[Array, Array]:
-    """(n, 1, 1) lower and upper end of each slice, without rendering volumes of every varied look."""
-    low, high = percentiles(look)
-    brightest = np.array([max(one.wm, 0 if one.skull_stripped else one.fat) for one in [look, *varied]], np.float32)
-    noise = np.array([one.noise_stddev for one in [look, *varied]], np.float32)
-    lows, highs = low * noise[1:] / max(float(noise[0]), 1e-9), high * brightest[1:] / brightest[0]
-    return lows[:, None, None], highs[:, None, None]
 
 
 def _centres(look: SiteLook, count: int, axis: int) -> Array:

@@ -85,27 +85,3 @@ def site_look(seed: int, *, skull_stripped: bool = False) -> SiteLook:
         bias_direction=(float(direction[0]), float(direction[1]), float(direction[2])),
         field_of_view_mm=(float(view[0]), float(view[1]), float(view[2])),
     )
-
-
-def varied_look(rng: np.random.Generator, look: SiteLook, spread: float) -> SiteLook:
-    """A look near another one, so that a warm start does not learn a single scanner.
-
-    Args:
-        rng: source of the variation.
-        look: the look to vary.
-        spread: standard deviation of the change of the grey matter's signal, as a fraction.
-
-    Returns:
-        The varied look.
-    """
-    wm, gm, csf, fat, noise, view = np.exp(spread * rng.standard_normal(6) * [0.5, 1.0, 2.0, 1.0, 2.0, 0.2])
-    x, y, z = look.field_of_view_mm
-    return replace(
-        look,
-        wm=look.wm * wm,
-        gm=look.gm * gm,
-        csf=look.csf * csf,
-        fat=look.fat * fat,
-        noise_stddev=look.noise_stddev * noise,
-        field_of_view_mm=(x * view, y * view, z),
-    )

@@ -17,14 +17,12 @@ class PrivacyPlan:
         clip_norm: L2 bound of one patient's summed contribution to a step; the sensitivity.
         delta: of the reported (epsilon, delta).
         epsilon: of ``mechanism`` at ``delta``, by PRV.
-        images_per_patient: images drawn of a patient in a step, at most.
     """
 
     mechanism: Mechanism
     clip_norm: float
     delta: float
     epsilon: float
-    images_per_patient: int
 
     @property
     def noise_stddev(self) -> float:
@@ -53,7 +51,7 @@ def make_plan(study: StudyConfig) -> PrivacyPlan | None:
         ) from None
     mechanism = Mechanism(privacy.sampling_probability, noise_multiplier, study.total_steps)
     epsilon = accounting.epsilon((mechanism,), privacy.delta)
-    return PrivacyPlan(mechanism, privacy.clip_norm, privacy.delta, epsilon, privacy.images_per_patient)
+    return PrivacyPlan(mechanism, privacy.clip_norm, privacy.delta, epsilon)
 
 
 def check_delta(delta: float, num_patients: int) -> None:

@@ -24,7 +24,6 @@ from server import checkpoints
 from server.record import RunRecord
 from server.synthesis import synthesize
 
-DIGITS = [str(digit) for digit in range(10)]
 NUM_SYNTHETIC = 20_000
 
 STUDY = """name = "mnist"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.gan.losses import LossName, fake_loss, generator_loss, real_loss
+from common.config import LossName
+from common.gan.losses import fake_loss, generator_loss, real_loss
 
 LOSSES: tuple[LossName, ...] = ("non_saturating", "hinge", "least_squares")
 LOGITS = torch.tensor([0.0, 2.0, -3.0])

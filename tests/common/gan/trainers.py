@@ -29,7 +29,7 @@ def small_study(**tables: dict[str, Any]) -> StudyConfig:
 
 
 def small_plan(clip_norm: float = CLIP_NORM, noise_multiplier: float = 1.0) -> PrivacyPlan:
-    return PrivacyPlan(Mechanism(0.5, noise_multiplier, 10), clip_norm, delta=1e-5, epsilon=1.0, images_per_patient=50)
+    return PrivacyPlan(Mechanism(0.5, noise_multiplier, 10), clip_norm, delta=1e-5, epsilon=1.0)
 
 
 class Reader(torch.optim.SGD):

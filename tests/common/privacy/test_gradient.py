@@ -21,7 +21,7 @@ from tests.strategies import owners
 
 
 def plan_of(clip_norm: float = 1.0, noise_multiplier: float = 1.0) -> PrivacyPlan:
-    return PrivacyPlan(Mechanism(0.5, noise_multiplier, 1), clip_norm, 1e-5, 1.0, 4)
+    return PrivacyPlan(Mechanism(0.5, noise_multiplier, 1), clip_norm, 1e-5, 1.0)
 
 
 def network_with(rows: torch.Tensor) -> nn.Linear:

@@ -8,16 +8,32 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client import secure_round
+from client.identity import load_member, pin_roster, simulated_roster
 from client.log import site_log
+from client.secure_round import SecureSite
 from client.settings import SiteSettings
 from common import wire
 from common.config import StudyConfig
-from common.errors import INTERNAL, BadPeer, FederationError, SiteError
-from common.messages import EnrolRequest, Refusal, Reply, TrainRequest
+from common.errors import INTERNAL, BadPeer, FederationError, PrivacyError, SiteError
+from common.messages import (
+    AdvertiseKeysRequest,
+    ConfirmSurvivorsRequest,
+    EnrolRequest,
+    LocalUpdate,
+    MaskedInputRequest,
+    Refusal,
+    Reply,
+    Request,
+    ShareKeysRequest,
+    TrainRequest,
+    UnmaskRequest,
+)
 
 app = ClientApp()
 
@@ -25,45 +41,109 @@ app = ClientApp()
 @app.query("enrol")
 def enrol(message: Message, context: Context) -> Message:
     """Check and prepare the site's data for the study, then say whether the site takes part."""
-    return _answer(message, context, _enrol)
+    return _answer(message, context, EnrolRequest, _enrol)
 
 
 @app.train("local_round")
 def local_round(message: Message, context: Context) -> Message:
-    """Train one round on the site's patients."""
-    return _answer(message, context, _local_round)
+    """Train one round and send the update as it is: only in a study and at a site that both allow it."""
+    return _answer(message, context, TrainRequest, _local_round)
 
 
-def _enrol(message: Message, study: StudyConfig, settings: SiteSettings) -> Reply:
+@app.query("advertise_keys")
+def advertise_keys(message: Message, context: Context) -> Message:
+    """Make fresh keys for an attempt at a secure sum."""
+    return _answer(message, context, AdvertiseKeysRequest, _advertise_keys)
+
+
+@app.query("share_keys")
+def share_keys(message: Message, context: Context) -> Message:
+    """Deal shares of this site's secrets to its neighbours."""
+    return _answer(message, context, ShareKeysRequest, _share_keys)
+
+
+@app.train("masked_input")
+def masked_input(message: Message, context: Context) -> Message:
+    """Train one round and send the update masked."""
+    return _answer(message, context, MaskedInputRequest, _masked_input)
+
+
+@app.query("confirm_survivors")
+def confirm_survivors(message: Message, context: Context) -> Message:
+    """Sign the list of sites whose masked update came."""
+    return _answer(message, context, ConfirmSurvivorsRequest, _confirm_survivors)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Open the shares that unmask the sum."""
+    return _answer(message, context, UnmaskRequest, _unmask)
+
+
+def _enrol(request: EnrolRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
     from client.enrolment import enrol
 
-    request = wire.unpack(message.content)
-    if not isinstance(request, EnrolRequest):
-        raise BadPeer("Expected an enrol request, found another message.")
-    _check_study(request.study_digest, study)
     return enrol(settings, study)
 
 
-def _local_round(message: Message, study: StudyConfig, settings: SiteSettings) -> Reply:
+def _local_round(request: TrainRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
     from client.enrolment import open_study
     from client.training import train_round
 
-    request = wire.unpack(message.content)
-    if not isinstance(request, TrainRequest):
-        raise BadPeer("Expected a train request, found another message.")
-    _check_study(request.study_digest, study)
+    if study.federation.aggregation != "plain" or not settings.allow_plain:
+        raise PrivacyError(
+            "The server asked for an update without masks.", "For public data only: allow_plain = true in site.toml."
+        )
     return train_round(open_study(settings, study), request)
 
 
+def _advertise_keys(request: AdvertiseKeysRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    return secure_round.advertise_keys(_secure_site(study, settings), request)
+
+
+def _share_keys(request: ShareKeysRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    return secure_round.share_keys(_secure_site(study, settings), request)
+
+
+def _masked_input(request: MaskedInputRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    def train(train_request: TrainRequest) -> LocalUpdate:
+        from client.enrolment import open_study
+        from client.training import train_round
+
+        return train_round(open_study(settings, study), train_request)
+
+    return secure_round.masked_input(_secure_site(study, settings), request, train)
+
+
+def _confirm_survivors(request: ConfirmSurvivorsRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    return secure_round.confirm_survivors(_secure_site(study, settings), request)
+
+
+def _unmask(request: UnmaskRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    return secure_round.unmask(_secure_site(study, settings), request)
+
+
+def _secure_site(study: StudyConfig, settings: SiteSettings) -> SecureSite:
+    return SecureSite(study, load_member(settings), settings.study_folder(study.digest))
+
+
+R = TypeVar("R", bound=Request)
+
+
 def _answer(
-    message: Message, context: Context, handle: Callable[[Message, StudyConfig, SiteSettings], Reply]
+    message: Message, context: Context, kind: type[R], handle: Callable[[R, StudyConfig, SiteSettings], Reply]
 ) -> Message:
+    def answer() -> Reply:
+        study, request = StudyConfig.from_run_config(dict(context.run_config)), wire.unpack(message.content)
+        if not isinstance(request, kind):
+            raise BadPeer(f"Expected a {kind.__name__}, found another message.")
+        _check_study(request, study)
+        return handle(request, study, settings)
+
     try:
         settings = _settings(context)
         with site_log(settings.folder) as log:
-            reply = _guarded(
-                lambda: handle(message, StudyConfig.from_run_config(dict(context.run_config)), settings), log
-            )
+            reply = _guarded(answer, log)
         content = wire.pack(reply)
     except Exception as error:  # no settings or no log file: the console of the site's own process is left
         print(f"synthward: {error}", file=sys.stderr)
@@ -83,8 +163,8 @@ def _guarded(handle: Callable[[], Reply], log: logging.Logger) -> Reply:
         return Refusal(INTERNAL)
 
 
-def _check_study(digest: str, study: StudyConfig) -> None:
-    if digest != study.digest:
+def _check_study(request: Request, study: StudyConfig) -> None:
+    if request.study_digest != study.digest:
         raise BadPeer("The message belongs to another study than the run's configuration.", "Start the run again.")
 
 
@@ -106,8 +186,14 @@ def _simulated(context: Context) -> SiteSettings:
         raise SiteError(f"Expected a folder of images for every simulated node in {data}, found {len(names)}.")
     name = names[position]
     folder = Path(str(context.run_config["run.out"])) / "sites" / name
+    roster = simulated_roster({each: folder.parent / each for each in names})
+    study = StudyConfig.from_run_config(dict(context.run_config))
     settings = SiteSettings.checked(
-        name=name, data=data / name, folder=folder, device=str(context.run_config["run.device"])
+        name=name,
+        data=data / name,
+        folder=folder,
+        device=str(context.run_config["run.device"]),
+        minimum_cohort=max(2, study.federation.minimum_sites),
+        allow_plain=study.federation.aggregation == "plain",
     )
-    settings.save()
-    return settings
+    return pin_roster(settings, roster)

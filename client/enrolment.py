@@ -6,8 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from client.accountant import SiteAccountant
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
+from client.identity import load_member
+from client.round_file import last_attempt
 from client.settings import SiteSettings
 from client.training import SiteStudy
 from common.config import StudyConfig
@@ -18,7 +21,7 @@ from common.privacy.plan import check_delta
 
 logger = logging.getLogger("synthward.site")
 CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json", "holdout.json"
-PREPARED, STUDIES, PREPARED_LINK = "prepared", "studies", "prepared.json"
+PREPARED, PREPARED_LINK = "prepared", "prepared.json"
 TRAINING, HELD_OUT = "training", "held_out"
 CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
 DataCheck = dict[str, Any]
@@ -28,18 +31,34 @@ def enrol(settings: SiteSettings, study: StudyConfig) -> Enrolment:
     """Check and prepare the data, and answer with public facts only.
 
     Raises:
-        SiteError: the data are refused as a whole, or there are fewer patients than the study's minimum.
+        SiteError: the data are refused as a whole, there are fewer patients than the study's minimum, or the site's
+            key and roster do not fit.
         PrivacyError: the study's delta is too large for this site.
         ConfigError: the study has no contract with this site.
     """
     study.contracted_split(settings.name)
+    if study.federation.aggregation == "secure":
+        load_member(settings)  # refuses before the data are read
     prepare_data(settings, study)
     prepared = settings.folder / PREPARED / str(_read_json(settings.folder / CHECK_FILE)["fingerprint"])
     write_atomically(
-        _study_folder(settings, study) / PREPARED_LINK, json.dumps(str(prepared.name)).encode(), mode=0o600
+        settings.study_folder(study.digest) / PREPARED_LINK, json.dumps(str(prepared.name)).encode(), mode=0o600
     )
-    key = cohort.holdout_key(settings.folder)
-    return Enrolment(settings.name, cohort.commitment(key), settings.record_is_patient)
+    folder = settings.study_folder(study.digest)
+    commitment = cohort.commitment(cohort.holdout_key(settings.folder))
+    history = SiteAccountant(folder, study.digest).history
+    if study.federation.aggregation == "plain":
+        return Enrolment(settings.name, commitment, settings.record_is_patient, history)
+    member = load_member(settings)
+    return Enrolment(
+        settings.name,
+        commitment,
+        settings.record_is_patient,
+        history,
+        last_attempt(folder),
+        member.identity.public_key().public_bytes_raw().hex(),
+        member.roster.digest,
+    )
 
 
 def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
@@ -48,7 +67,7 @@ def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
     Raises:
         SiteError: the site never enrolled in this study, or its prepared images are gone.
     """
-    folder = _study_folder(settings, study)
+    folder = settings.study_folder(study.digest)
     num_patients, _ = study.contracted_split(settings.name)
     if not (folder / PREPARED_LINK).exists():
         raise SiteError(f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again.")
@@ -141,12 +160,6 @@ def _read_json(path: Path) -> DataCheck:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return {}
-
-
-def _study_folder(settings: SiteSettings, study: StudyConfig) -> Path:
-    folder = settings.folder / STUDIES / study.digest[:16]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
 
 
 def _fingerprint(settings: SiteSettings, study: StudyConfig, commitment: str) -> str:

@@ -2,10 +2,10 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.config import SiteName
 from common.errors import ConfigError, SiteError
@@ -24,6 +24,9 @@ class SiteSettings(BaseModel):
         record_is_patient: count every image as a patient of its own. Only for data without patients.
         device: where to train.
         patients: only these patients take part; None for all in ``data``.
+        roster_digest: the consortium's roster that this site has checked and pinned; "" for none yet.
+        minimum_cohort: the site joins no sum over fewer sites than this, whatever a study says.
+        allow_plain: whether the site ever sends an update that is not masked. Only for studies of public data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -34,6 +37,15 @@ class SiteSettings(BaseModel):
     record_is_patient: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     patients: tuple[str, ...] | None = None
+    roster_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    minimum_cohort: Annotated[int, Field(ge=2)] = 2
+    allow_plain: bool = False
+
+    def study_folder(self, study_digest: str) -> Path:
+        """Where the site keeps what belongs to one study; made when absent."""
+        folder = self.folder / "studies" / study_digest[:16]
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
 
     @classmethod
     def checked(cls, **settings: object) -> Self:

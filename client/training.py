@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from client import updates
 from client.accountant import SiteAccountant
 from client.data.slices import PreparedCohort
 from common import progress
@@ -21,7 +22,7 @@ from common.files import locked, write_atomically
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
-from common.messages import LocalUpdate, TrainRequest
+from common.messages import LocalUpdate, TrainRequest, Vector
 from common.privacy.accounting import Mechanism
 from common.privacy.accounting import num_steps as num_steps_of
 from common.privacy.plan import PrivacyPlan, check_delta, make_plan
@@ -66,8 +67,9 @@ def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
 def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     """Train both networks for one round and return their differences.
 
-    A round that this site has already finished from the same shared state is answered again from its state file: the
-    update is out of the mechanism already, so repeating it costs nothing. A round that was stopped between two steps
+    A round that this site has already finished from the same shared state is answered from its state file: the update
+    is out of the mechanism already, so repeating it costs nothing. One that has left masked is trained anew
+    (``client/updates.py``). A round that was stopped between two steps
     goes on where it stopped, under the charge that was made for it. What a crash cut off is paid for and lost.
 
     Raises:
@@ -84,12 +86,11 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     if saved is not None and plan is not None and not accountant.exists:
         raise PrivacyError(f"{at.folder} has a trained state but no accountant.", "Restore the accountant's file.")
 
-    source = _digest(request)
-    same = saved is not None and saved["source"] == source
+    source = request.digest
+    same = saved is not None and saved["source"] == source and updates.read(at.folder).left != source
     if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
-        generator, discriminator = saved["generator"].numpy(), saved["discriminator"].numpy()
-        return LocalUpdate(request.round, generator, discriminator, accountant.history)
+        return _weighted(at, request.round, saved["generator"].numpy(), saved["discriminator"].numpy())
 
     trainer = _restore(at, plan, request, saved)  # refuses a shared state that does not fit before anything is charged
     if saved is not None and same:
@@ -100,17 +101,25 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     else:
         step, num_steps = 0, _charge(accountant, plan, at.study)
 
-    def update() -> LocalUpdate:
-        generator = to_vector(trainer.generator) - request.generator
-        discriminator = to_vector(trainer.discriminator) - request.discriminator
-        return LocalUpdate(request.round, generator, discriminator, accountant.history)
+    def update() -> tuple[Vector, Vector]:
+        return (
+            to_vector(trainer.generator) - request.generator,
+            to_vector(trainer.discriminator) - request.discriminator,
+        )
 
     def keep(step: int) -> None:
-        _save_state(at.folder, {"source": source, "step": step, "num_steps": num_steps}, trainer, update())
+        updates.note_made(at.folder, source)
+        _save_state(at.folder, {"source": source, "step": step, "num_steps": num_steps}, trainer, *update())
 
     _train(at, trainer, range(step, num_steps), request.round, keep)
     keep(num_steps)
-    return update()
+    return _weighted(at, request.round, *update())
+
+
+def _weighted(at: SiteStudy, number: int, generator: Vector, discriminator: Vector) -> LocalUpdate:
+    """The update as it is summed: the server divides by the weights of those in the sum."""
+    weight = np.float32(at.study.site_weight(at.site))
+    return LocalUpdate(number, np.concatenate([generator, discriminator]) * weight)
 
 
 def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyConfig) -> int:
@@ -179,14 +188,6 @@ def _restore(
     return trainer
 
 
-def _digest(request: TrainRequest) -> str:
-    """What a saved update answers: this round, from exactly this shared state."""
-    digest = hashlib.sha256(f"{request.study_digest}/{request.round}/".encode())
-    digest.update(request.generator.tobytes())
-    digest.update(request.discriminator.tobytes())
-    return digest.hexdigest()
-
-
 def _load_state(folder: Path) -> dict[str, Any] | None:
     path = folder / STATE_FILE
     if not path.exists():
@@ -201,11 +202,13 @@ def _load_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def _save_state(folder: Path, progress_made: dict[str, Any], trainer: GanTrainer, update: LocalUpdate) -> None:
+def _save_state(
+    folder: Path, progress_made: dict[str, Any], trainer: GanTrainer, generator: Vector, discriminator: Vector
+) -> None:
     state = {
         **progress_made,
-        "generator": torch.from_numpy(update.generator),
-        "discriminator": torch.from_numpy(update.discriminator),
+        "generator": torch.from_numpy(generator),
+        "discriminator": torch.from_numpy(discriminator),
         "generator_optimizer": trainer.generator_optimizer.state_dict(),
         "discriminator_optimizer": trainer.discriminator_optimizer.state_dict(),
     }

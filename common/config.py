@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.errors import ConfigError
+from common.secagg.encoding import Encoding, check_capacity
 
 # Labels and names pass through Flower's run config as "a,b" and "name=count,...": no such signs, no spaces at the ends.
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=\s]([^,=]*[^,=\s])?$")]
@@ -109,11 +110,11 @@ class FederationConfig(Part):
     """How the sites train together. ``contracted_patients`` is each site's public cohort size, by site name."""
 
     algorithm: Literal["local"] = "local"
-    aggregation: Literal["plain"] = "plain"
+    aggregation: Literal["secure", "plain"] = "secure"
     weights: Literal["equal", "contracted"] = "equal"
     rounds: int = Field(10, ge=1, le=100_000)
     local_steps: int = Field(10, ge=1, le=100_000)
-    minimum_sites: int = Field(1, ge=1, le=10_000)
+    minimum_sites: int = Field(2, ge=1, le=10_000)
     minimum_patients: int = Field(20, ge=1)
     round_timeout_seconds: float = Field(3600, gt=0)
     contracted_patients: dict[SiteName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
@@ -129,6 +130,20 @@ class FederationConfig(Part):
                 raise ValueError("expected name=count with a comma between, each site once")
             return contract
         return value
+
+
+class SecureAggregationConfig(Part):
+    """Encoding of the secure sum (``common/secagg/encoding.py``), and how long its short stages may take."""
+
+    value_range: float = Field(1.0, ge=1e-6, le=1e6)
+    fraction_bits: int = Field(15, ge=1, le=30)
+    modulus_bits: Literal[16, 24, 32] = 24
+    stage_timeout_seconds: float = Field(120, gt=0)
+
+    @property
+    def encoding(self) -> Encoding:
+        """The three numbers as the protocol takes them."""
+        return Encoding(self.value_range, self.fraction_bits, self.modulus_bits)
 
 
 class PerformanceConfig(Part):
@@ -147,6 +162,7 @@ class StudyConfig(Part):
     gan: GanConfig = Field(default_factory=GanConfig)
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
+    secure_aggregation: SecureAggregationConfig = Field(default_factory=SecureAggregationConfig)
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
 
     @model_validator(mode="after")
@@ -156,6 +172,19 @@ class StudyConfig(Part):
                 "federation.local_steps must be at least gan.discriminator_steps_per_generator_step, "
                 "else the generator never makes a step"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_hold(self) -> Self:
+        if self.federation.aggregation != "secure":
+            return self
+        if self.federation.minimum_sites < 2:
+            raise ValueError(
+                "federation.minimum_sites must be at least 2 with secure aggregation: "
+                "the sum over one site is its update"
+            )
+        num_sites = max(len(self.federation.contracted_patients), self.federation.minimum_sites)
+        check_capacity(self.secure_aggregation.encoding, num_sites)
         return self
 
     @property
@@ -176,6 +205,16 @@ class StudyConfig(Part):
         patients = self.federation.contracted_patients[site]
         held_out = round(holdout_share(patients) * patients)
         return patients - held_out, held_out
+
+    def site_weight(self, site: str) -> float:
+        """What a site multiplies its update by, 0 to 1, from public facts only; the sum is divided by all weights.
+
+        Raises ConfigError when weights follow the contract and the study has none with the site.
+        """
+        if self.federation.weights == "equal":
+            return 1.0
+        trained, held_out = self.contracted_split(site)
+        return (trained + held_out) / max(self.federation.contracted_patients.values())
 
     @property
     def digest(self) -> str:

@@ -6,8 +6,9 @@ FederationError                 code, message, remedy
   PrivacyError                  training would break or exceed the guarantee         exit status 3
     BudgetExhausted
   ProtocolError                 the federation itself failed                         exit status 4
+    OutOfOrder                  a message at a stage where it has no place: too early, twice, or replayed
     BadPeer                     a message that no honest peer sends
-    TooFewSurvivors             fewer sites answered than the study needs
+    TooFewSurvivors             fewer sites take part than the study needs
 
 ``message`` says what was expected and what was found; ``remedy`` says what to change. Only ``code`` may leave a
 site: the rest can name files and patients.
@@ -73,6 +74,12 @@ class ProtocolError(FederationError):
     exit_status = 4
 
 
+class OutOfOrder(ProtocolError):
+    """A message that may be genuine, but not now: a stage was left out, repeated, or belongs to another attempt."""
+
+    code = "out_of_order"
+
+
 class BadPeer(ProtocolError):
     """A peer sent something that no honest peer sends."""
 
@@ -80,6 +87,6 @@ class BadPeer(ProtocolError):
 
 
 class TooFewSurvivors(ProtocolError):
-    """Fewer sites answered than the study's minimum."""
+    """Fewer sites than the study, or the threshold of its secure sum, needs."""
 
     code = "too_few_survivors"

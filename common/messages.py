@@ -1,11 +1,14 @@
 """What the coordinator and the sites say to each other, as plain types; ``common/wire.py`` makes records of them."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.privacy.accounting import History
+from common.secagg.keys import AdvertisedKeys
 
 Vector = NDArray[np.float32]
 
@@ -25,11 +28,20 @@ class Enrolment:
         site: the site's name.
         holdout_commitment: SHA-256 (hex) of the key that splits training from held-out patients.
         record_is_patient: the site counts every image as a patient of its own, because it has no patient ids.
+        history: every mechanism the site has charged for this study so far. It counts steps, so it does not depend on
+            any patient.
+        last_attempt: the newest secure sum of this study that the site has served, 0 for none.
+        identity: the site's public Ed25519 key (hex); "" in a study without secure aggregation.
+        roster_digest: the roster that the site has pinned (hex), or "".
     """
 
     site: str
     holdout_commitment: str
     record_is_patient: bool
+    history: History = ()
+    last_attempt: int = 0
+    identity: str = ""
+    roster_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,23 +53,149 @@ class TrainRequest:
     generator: Vector
     discriminator: Vector
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the round and the exact shared state: what an update answers."""
+        digest = hashlib.sha256(f"{self.study_digest}/{self.round}/".encode())
+        digest.update(self.generator.tobytes())
+        digest.update(self.discriminator.tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """Site to server: flat differences of both networks after local training.
+    """Site to server, only in a study that says ``aggregation = "plain"``: the update as it is.
 
     Args:
         round: the round that was asked for.
-        generator: trained minus shared, (dim,) float32.
-        discriminator: the same; private by itself, every step was clipped and noised.
-        history: every mechanism the site has charged for this study, this round included. It counts steps, so it does
-            not depend on any patient.
+        vector: trained minus shared of the generator, then of the discriminator, times the site's public weight,
+            (dim,) float32; private by itself, every step was clipped and noised.
     """
 
     round: int
-    generator: Vector
-    discriminator: Vector
-    history: History
+    vector: Vector
+
+
+@dataclass(frozen=True)
+class AdvertiseKeysRequest:
+    """Server to site: make fresh keys for this attempt at a secure sum. Answered by AdvertisedKeys."""
+
+    study_digest: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class ShareKeysRequest:
+    """Server to site: these sites, each with its signed keys, take part. Answered by SealedShares."""
+
+    study_digest: str
+    attempt: int
+    cohort: tuple[AdvertisedKeys, ...]
+
+
+@dataclass(frozen=True)
+class SealedShares:
+    """Site to server: shares of the site's secrets, one text for each holder that only the holder can open.
+
+    Args:
+        attempt: the attempt.
+        sealed: by holder, both its shares, sealed.
+        self_mask_digests: by holder, SHA-256 of its share of the self mask, so that the server can tell a wrong one.
+        mask_key_digests: by holder, SHA-256 of its share of the mask key.
+        seed_digest: SHA-256 of the self mask.
+    """
+
+    attempt: int
+    sealed: Mapping[str, bytes]
+    self_mask_digests: Mapping[str, bytes]
+    mask_key_digests: Mapping[str, bytes]
+    seed_digest: bytes
+
+
+@dataclass(frozen=True)
+class MaskedInputRequest:
+    """Server to site: train, and send the masked update. Answered by MaskedInput.
+
+    Args:
+        attempt: the attempt.
+        sharers: the sites that shared their keys.
+        sealed: by sender, the shares sealed for this site.
+        train: what to train from.
+    """
+
+    attempt: int
+    sharers: tuple[str, ...]
+    sealed: Mapping[str, bytes]
+    train: TrainRequest
+
+    @property
+    def study_digest(self) -> str:
+        """The study, as every request names it."""
+        return self.train.study_digest
+
+
+@dataclass(frozen=True)
+class MaskedInput:
+    """Site to server: the weighted update, encoded, masked and packed. Uniformly random to whoever lacks the masks.
+
+    Args:
+        study_digest: the study.
+        attempt: the attempt.
+        round: the round trained for.
+        length: coordinates.
+        modulus_bits: bits of each.
+        packed: (length * modulus_bits / 8,) uint8.
+    """
+
+    study_digest: str
+    attempt: int
+    round: int
+    length: int
+    modulus_bits: int
+    packed: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ConfirmSurvivorsRequest:
+    """Server to site: the masked updates of these sites came in time. Answered by Confirmation."""
+
+    study_digest: str
+    attempt: int
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Site to server: the site's signature over the transcript and the survivors."""
+
+    attempt: int
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class UnmaskRequest:
+    """Server to site: these sites confirmed the same survivors. Answered by UnmaskShares."""
+
+    study_digest: str
+    attempt: int
+    confirmations: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class UnmaskShares:
+    """Site to server: one share of each site whose shares it holds, and fresh keys for the attempt after this one.
+
+    Args:
+        attempt: the attempt.
+        self_masks: by survivor, a share of its self mask.
+        mask_keys: by dropped site, a share of its mask key.
+        next_keys: keys for ``attempt + 1``; None when the site will take no part in it.
+    """
+
+    attempt: int
+    self_masks: Mapping[str, bytes]
+    mask_keys: Mapping[str, bytes]
+    next_keys: AdvertisedKeys | None
 
 
 @dataclass(frozen=True)
@@ -67,5 +205,13 @@ class Refusal:
     code: str
 
 
-Request = EnrolRequest | TrainRequest
-Reply = Enrolment | LocalUpdate | Refusal
+Request = (
+    EnrolRequest
+    | TrainRequest
+    | AdvertiseKeysRequest
+    | ShareKeysRequest
+    | MaskedInputRequest
+    | ConfirmSurvivorsRequest
+    | UnmaskRequest
+)
+Reply = Enrolment | LocalUpdate | AdvertisedKeys | SealedShares | MaskedInput | Confirmation | UnmaskShares | Refusal

@@ -1,24 +1,58 @@
-"""Messages to Flower records and back: the only place that knows record keys and the protocol version."""
+"""Messages to Flower records and back: the only place that knows record keys and the protocol version.
 
+A record with a key that its kind of message does not have is refused, as is one that lacks a key: nothing that a peer
+adds to a message is ever silently read past.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from common.errors import BadPeer
-from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request, TrainRequest, Vector
+from common.messages import (
+    AdvertiseKeysRequest,
+    Confirmation,
+    ConfirmSurvivorsRequest,
+    Enrolment,
+    EnrolRequest,
+    LocalUpdate,
+    MaskedInput,
+    MaskedInputRequest,
+    Refusal,
+    Reply,
+    Request,
+    SealedShares,
+    ShareKeysRequest,
+    TrainRequest,
+    UnmaskRequest,
+    UnmaskShares,
+    Vector,
+)
 from common.privacy.accounting import History, Mechanism
+from common.secagg.keys import AdvertisedKeys
 
-PROTOCOL_VERSION = 1
-ENROL, TRAIN = "query.enrol", "train.local_round"
+PROTOCOL_VERSION = 2
+_ACTIONS: dict[type, str] = {
+    EnrolRequest: "query.enrol",
+    TrainRequest: "train.local_round",
+    AdvertiseKeysRequest: "query.advertise_keys",
+    ShareKeysRequest: "query.share_keys",
+    MaskedInputRequest: "train.masked_input",
+    ConfirmSurvivorsRequest: "query.confirm_survivors",
+    UnmaskRequest: "query.unmask",
+}
 
 _FACTS, _VECTORS = "facts", "vectors"
+MOST_BYTES = 4096  # of a key, a signature or a sealed share
 T = TypeVar("T", str, bool, int, float)
 
 
 def action(request: Request) -> str:
     """Flower's message type for a request: category and handler name."""
-    return ENROL if isinstance(request, EnrolRequest) else TRAIN
+    return _ACTIONS[type(request)]
 
 
 def pack(message: Request | Reply) -> RecordDict:
@@ -31,20 +65,69 @@ def pack(message: Request | Reply) -> RecordDict:
                 "site": message.site,
                 "holdout_commitment": message.holdout_commitment,
                 "record_is_patient": message.record_is_patient,
+                "last_attempt": message.last_attempt,
+                "identity": message.identity,
+                "roster_digest": message.roster_digest,
             }
-            return _record("enrolment", facts)
+            return _record("enrolment", facts | _history_facts(message.history))
         case TrainRequest():
             vectors = {"generator": message.generator, "discriminator": message.discriminator}
             return _record("train_request", {"study_digest": message.study_digest, "round": message.round}, vectors)
         case LocalUpdate():
-            vectors = {"generator": message.generator, "discriminator": message.discriminator}
+            return _record("local_update", {"round": message.round}, {"update": message.vector})
+        case AdvertiseKeysRequest():
+            facts = {"study_digest": message.study_digest, "attempt": message.attempt}
+            return _record("advertise_keys_request", facts)
+        case AdvertisedKeys():
+            return _record("advertised_keys", _keys_facts([message]))
+        case ShareKeysRequest():
+            facts = {"study_digest": message.study_digest, "attempt": message.attempt}
+            return _record("share_keys_request", facts | _keys_facts(message.cohort))
+        case SealedShares():
             facts = {
-                "round": message.round,
-                "sampling_probability": [m.sampling_probability for m in message.history],
-                "noise_multiplier": [m.noise_multiplier for m in message.history],
-                "steps": [m.steps for m in message.history],
+                "attempt": message.attempt,
+                **_named("sealed", message.sealed),
+                **_named("self_mask_digests", message.self_mask_digests),
+                **_named("mask_key_digests", message.mask_key_digests),
+                "seed_digest": message.seed_digest,
             }
-            return _record("local_update", facts, vectors)
+            return _record("sealed_shares", facts)
+        case MaskedInputRequest():
+            facts = {
+                "study_digest": message.train.study_digest,
+                "round": message.train.round,
+                "attempt": message.attempt,
+                "sharers": list(message.sharers),
+                **_named("sealed", message.sealed),
+            }
+            vectors = {"generator": message.train.generator, "discriminator": message.train.discriminator}
+            return _record("masked_input_request", facts, vectors)
+        case MaskedInput():
+            facts = {
+                "study_digest": message.study_digest,
+                "attempt": message.attempt,
+                "round": message.round,
+                "length": message.length,
+                "modulus_bits": message.modulus_bits,
+            }
+            return _record("masked_input", facts, {"packed": message.packed})
+        case ConfirmSurvivorsRequest():
+            facts = {
+                "study_digest": message.study_digest,
+                "attempt": message.attempt,
+                "survivors": list(message.survivors),
+            }
+            return _record("confirm_survivors_request", facts)
+        case Confirmation():
+            return _record("confirmation", {"attempt": message.attempt, "signature": message.signature})
+        case UnmaskRequest():
+            facts = {"study_digest": message.study_digest, "attempt": message.attempt}
+            return _record("unmask_request", facts | _named("confirmations", message.confirmations))
+        case UnmaskShares():
+            facts = {"attempt": message.attempt}
+            shares = _named("self_masks", message.self_masks) | _named("mask_keys", message.mask_keys)
+            next_keys = _keys_facts([message.next_keys] if message.next_keys else [])
+            return _record("unmask_shares", facts | shares | next_keys)
         case Refusal():
             return _record("refusal", {"code": message.code})
 
@@ -59,54 +142,178 @@ def unpack(record: RecordDict) -> Request | Reply:
         raise BadPeer(f"Expected a message of protocol version {PROTOCOL_VERSION}, found a malformed one.") from error
 
 
+class _Facts:
+    """The facts of a record, each taken once; what is left in the end is refused."""
+
+    def __init__(self, record: RecordDict) -> None:
+        self._left = cast(dict[str, Any], dict(record.config_records[_FACTS]))
+        self._vectors = dict(record.array_records[_VECTORS]) if _VECTORS in record else {}
+        if len(record) > 1 + (_VECTORS in record):
+            raise ValueError("expected no other record")
+
+    def take(self, kind: type[T], key: str) -> T:
+        return _typed(kind, self._left.pop(key))
+
+    def text(self, key: str) -> str:
+        return _text(self._left.pop(key))
+
+    def number(self, key: str) -> int:
+        number = self.take(int, key)
+        if number < 0:
+            raise ValueError("expected a number of 0 or more")
+        return number
+
+    def data(self, key: str) -> bytes:
+        return _bytes(self._left.pop(key))
+
+    def many(self, key: str, read: Callable[[object], Any]) -> list[Any]:
+        values = self._left.pop(key)
+        if not isinstance(values, list):
+            raise TypeError("expected a list")
+        return [read(value) for value in values]
+
+    def named(self, key: str) -> dict[str, bytes]:
+        return _unique(self.many(f"{key}_names", _text), self.many(key, _bytes))
+
+    def keys(self) -> tuple[AdvertisedKeys, ...]:
+        sites = self.many("key_sites", _text)
+        columns = [self.many(key, _bytes) for key in ("share_keys", "mask_keys_public", "key_signatures")]
+        return tuple(AdvertisedKeys(*row) for row in zip(sites, *columns, strict=True))
+
+    def history(self) -> History:
+        columns = (
+            self.many("sampling_probability", lambda value: _typed(float, value)),
+            self.many("noise_multiplier", lambda value: _typed(float, value)),
+            self.many("steps", lambda value: _typed(int, value)),
+        )
+        return tuple(Mechanism(*row) for row in zip(*columns, strict=True))
+
+    def vector(self, name: str, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+        vector = self._vectors.pop(name).numpy()
+        if vector.ndim != 1 or vector.dtype != dtype:
+            raise ValueError(f"expected a flat {dtype.__name__} vector")
+        return vector
+
+    def check_empty(self) -> None:
+        if self._left or self._vectors:
+            raise ValueError("expected no other fact")
+
+
 def _unpack(record: RecordDict) -> Request | Reply:
-    facts = cast(dict[str, Any], dict(record.config_records[_FACTS]))
-    if facts["version"] != PROTOCOL_VERSION:
+    facts = _Facts(record)
+    if facts.take(int, "version") != PROTOCOL_VERSION:
         raise BadPeer(
             f"Expected protocol version {PROTOCOL_VERSION}, found another.", "Run the same Synthward everywhere."
         )
-    match facts["kind"]:
+    message = _message(facts.text("kind"), facts)
+    facts.check_empty()
+    return message
+
+
+def _message(kind: str, facts: _Facts) -> Request | Reply:
+    match kind:
         case "enrol_request":
-            return EnrolRequest(_text(facts["study_digest"]))
+            return EnrolRequest(facts.text("study_digest"))
         case "enrolment":
-            site, commitment = _text(facts["site"]), _text(facts["holdout_commitment"])
-            return Enrolment(site, commitment, _typed(bool, facts["record_is_patient"]))
+            return Enrolment(
+                facts.text("site"),
+                facts.text("holdout_commitment"),
+                facts.take(bool, "record_is_patient"),
+                facts.history(),
+                facts.number("last_attempt"),
+                facts.text("identity"),
+                facts.text("roster_digest"),
+            )
         case "train_request":
-            generator, discriminator = _vector(record, "generator"), _vector(record, "discriminator")
-            return TrainRequest(_text(facts["study_digest"]), _round(facts), generator, discriminator)
+            return _train_request(facts)
         case "local_update":
-            generator, discriminator = _vector(record, "generator"), _vector(record, "discriminator")
-            return LocalUpdate(_round(facts), generator, discriminator, _history(facts))
+            return LocalUpdate(facts.number("round"), facts.vector("update"))
+        case "advertise_keys_request":
+            return AdvertiseKeysRequest(facts.text("study_digest"), facts.number("attempt"))
+        case "advertised_keys":
+            (only,) = facts.keys()
+            return only
+        case "share_keys_request":
+            return ShareKeysRequest(facts.text("study_digest"), facts.number("attempt"), facts.keys())
+        case "sealed_shares":
+            attempt = facts.number("attempt")
+            return SealedShares(
+                attempt,
+                facts.named("sealed"),
+                facts.named("self_mask_digests"),
+                facts.named("mask_key_digests"),
+                facts.data("seed_digest"),
+            )
+        case "masked_input_request":
+            attempt, sharers = facts.number("attempt"), tuple(facts.many("sharers", _text))
+            return MaskedInputRequest(attempt, sharers, facts.named("sealed"), _train_request(facts))
+        case "masked_input":
+            return MaskedInput(
+                facts.text("study_digest"),
+                facts.number("attempt"),
+                facts.number("round"),
+                facts.number("length"),
+                facts.number("modulus_bits"),
+                facts.vector("packed", np.uint8),
+            )
+        case "confirm_survivors_request":
+            survivors = tuple(facts.many("survivors", _text))
+            return ConfirmSurvivorsRequest(facts.text("study_digest"), facts.number("attempt"), survivors)
+        case "confirmation":
+            return Confirmation(facts.number("attempt"), facts.data("signature"))
+        case "unmask_request":
+            confirmations = facts.named("confirmations")
+            return UnmaskRequest(facts.text("study_digest"), facts.number("attempt"), confirmations)
+        case "unmask_shares":
+            self_masks, mask_keys, following = facts.named("self_masks"), facts.named("mask_keys"), facts.keys()
+            if len(following) > 1:
+                raise ValueError("expected the keys of one site")
+            return UnmaskShares(facts.number("attempt"), self_masks, mask_keys, following[0] if following else None)
         case "refusal":
-            return Refusal(_text(facts["code"]))
+            return Refusal(facts.text("code"))
         case _:
             raise ValueError("unknown kind")
 
 
-def _record(kind: str, facts: dict[str, Any], vectors: dict[str, Vector] | None = None) -> RecordDict:
+def _record(
+    kind: str, facts: dict[str, Any], vectors: Mapping[str, Vector | NDArray[np.uint8]] | None = None
+) -> RecordDict:
     record = RecordDict({_FACTS: ConfigRecord({"version": PROTOCOL_VERSION, "kind": kind, **facts})})
     if vectors is not None:
         record[_VECTORS] = ArrayRecord({name: Array(vector) for name, vector in vectors.items()})
     return record
 
 
-def _vector(record: RecordDict, name: str) -> Vector:
-    vector = record.array_records[_VECTORS][name].numpy()
-    if vector.ndim != 1 or vector.dtype != np.float32:
-        raise ValueError("expected a flat float32 vector")
-    return cast(Vector, vector)
+def _train_request(facts: _Facts) -> TrainRequest:
+    generator, discriminator = facts.vector("generator"), facts.vector("discriminator")
+    return TrainRequest(facts.text("study_digest"), facts.number("round"), generator, discriminator)
 
 
-def _history(facts: dict[str, Any]) -> History:
-    columns = zip(facts["sampling_probability"], facts["noise_multiplier"], facts["steps"], strict=True)
-    return tuple(Mechanism(_typed(float, q), _typed(float, noise), _typed(int, steps)) for q, noise, steps in columns)
+def _history_facts(history: History) -> dict[str, Any]:
+    return {
+        "sampling_probability": [m.sampling_probability for m in history],
+        "noise_multiplier": [m.noise_multiplier for m in history],
+        "steps": [m.steps for m in history],
+    }
 
 
-def _round(facts: dict[str, Any]) -> int:
-    number = _typed(int, facts["round"])
-    if number < 0:
-        raise ValueError("expected a round of 0 or more")
-    return number
+def _keys_facts(cohort: Sequence[AdvertisedKeys]) -> dict[str, Any]:
+    return {
+        "key_sites": [keys.site for keys in cohort],
+        "share_keys": [keys.share_key for keys in cohort],
+        "mask_keys_public": [keys.mask_key for keys in cohort],
+        "key_signatures": [keys.signature for keys in cohort],
+    }
+
+
+def _named(key: str, values: Mapping[str, bytes]) -> dict[str, Any]:
+    return {f"{key}_names": list(values), key: list(values.values())}
+
+
+def _unique(names: Sequence[str], values: Sequence[bytes]) -> dict[str, bytes]:
+    if len(set(names)) < len(names):
+        raise ValueError("a name twice")
+    return dict(zip(names, values, strict=True))
 
 
 def _typed(kind: type[T], value: object) -> T:
@@ -118,4 +325,10 @@ def _typed(kind: type[T], value: object) -> T:
 def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > 256:
         raise ValueError("expected a short text")
+    return value
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, bytes) or len(value) > MOST_BYTES:
+        raise ValueError("expected a few bytes")
     return value

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.identity import pin_roster, simulated_roster
 from client.log import site_log
 from client.settings import SiteSettings
 from common import progress
@@ -98,11 +99,20 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
     """
     study = simulation.study
     contract = dict(study.federation.contracted_patients)
+    roster = simulated_roster({settings.name: settings.folder for settings in simulation.sites})
     taking_part: dict[str, int] = {}
     refused: dict[str, str] = {}
     for settings in simulation.sites:
         bars.say(f"checking the data of {settings.name}")
-        settings.save()
+        settings = pin_roster(
+            settings.model_copy(
+                update={
+                    "minimum_cohort": max(2, study.federation.minimum_sites),
+                    "allow_plain": study.federation.aggregation == "plain",
+                }
+            ),
+            roster,
+        )
         try:
             num_patients = _prepare(settings, study)
         except Exception as error:  # one site's trouble does not end the run

@@ -1,12 +1,11 @@
 """Updates of the sites to a new shared state."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from common.config import StudyConfig
-from common.messages import LocalUpdate, Vector
+from common.messages import Vector
 
 
 @dataclass(frozen=True)
@@ -26,30 +25,31 @@ class GanState:
     generator_average: Vector
 
 
-def site_weights(study: StudyConfig, sites: list[str]) -> dict[str, float]:
-    """Each site's share of the mean, from public facts only; the shares of ``sites`` add up to 1."""
-    if study.federation.weights == "equal":
-        sizes = {site: 1 for site in sites}
-    else:
-        sizes = {site: study.federation.contracted_patients[site] for site in sites}
-    total = sum(sizes.values())
-    return {site: size / total for site, size in sizes.items()}
+@dataclass(frozen=True)
+class AggregateUpdate:
+    """What the server learns in a round.
+
+    Args:
+        total: the sum of the sites' weighted updates: generator, then discriminator, (dim,) float32.
+        sites: whose updates are in it.
+    """
+
+    total: Vector
+    sites: tuple[str, ...]
 
 
-def aggregate(study: StudyConfig, state: GanState, updates: Mapping[str, LocalUpdate]) -> GanState:
+def aggregate(study: StudyConfig, state: GanState, update: AggregateUpdate) -> GanState:
     """Add the weighted mean of the updates; move the generator's average by as many steps as the round had.
 
     Args:
-        updates: at least one, by site name, each of the state's own lengths.
+        update: of at least one site, as long as both of the state's networks.
     """
-    weights = site_weights(study, list(updates))
-    generator, discriminator = state.generator.copy(), state.discriminator.copy()
-    for site, update in updates.items():
-        generator += np.float32(weights[site]) * update.generator
-        discriminator += np.float32(weights[site]) * update.discriminator
+    mean: Vector = update.total / np.float32(sum(study.site_weight(site) for site in update.sites))
+    split = len(state.generator)
+    generator, discriminator = state.generator + mean[:split], state.discriminator + mean[split:]
     steps = study.federation.local_steps // study.gan.discriminator_steps_per_generator_step
     decay = np.float32(study.gan.ema_decay**steps)
-    average = decay * state.generator_average + (1 - decay) * generator
+    average: Vector = decay * state.generator_average + np.float32(1 - decay) * generator
     return replace(
         state, round=state.round + 1, generator=generator, discriminator=discriminator, generator_average=average
     )

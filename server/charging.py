@@ -1,41 +1,65 @@
-"""What the server's record charges the sites: a planned round before it is asked for, then what the site says.
+"""What the record charges the sites: what a site says when it enrols, then a planned round each time it is asked.
 
 **Guarantee.** Whenever the process ends, ``run.json`` charges no honest site less than the site charged itself in this
-run: a round is in the record before any site is asked for it. A site's own history, where it can be true, then takes
-its place.
+run: a round is in the record before any site is asked to train it. Answers carry no account of their own; when a run
+is resumed, each site's own history takes the place of what the record assumed.
 
-| answer | charged |
+| the site | charged |
 |---|---|
-| an update | the site's own history |
-| a refusal that a site gives only before it charges | what was charged before this round |
-| ``budget_exhausted`` | the whole plan: an interrupted round is paid for and lost |
-| any other refusal, or none | one planned round more: its update may have left the site |
+| was asked to train | one planned round more, whatever became of its answer |
+| refused with a code that a site gives only before it charges | what was charged before |
+| refused with ``budget_exhausted`` | the whole plan: an interrupted round is paid for and lost |
 """
 
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
 
 from common.config import StudyConfig
-from common.errors import BadPeer, BudgetExhausted, ConfigError, PrivacyError, SiteError
+from common.errors import (
+    BadPeer,
+    BudgetExhausted,
+    ConfigError,
+    OutOfOrder,
+    PrivacyError,
+    SiteError,
+    TooFewSurvivors,
+)
 from common.privacy import accounting
 from common.privacy.accounting import History
 from common.privacy.plan import PrivacyPlan
 from server import record
-from server.channel import MALFORMED
 from server.record import RunRecord, SiteRecord
-from server.round import RoundAnswers
+from server.round import RoundOutcome
 
-logger = logging.getLogger("synthward.server")
-BEFORE_CHARGE = frozenset({SiteError.code, ConfigError.code, PrivacyError.code, BadPeer.code})
+BEFORE_CHARGE = frozenset(
+    kind.code for kind in (SiteError, ConfigError, PrivacyError, BadPeer, OutOfOrder, TooFewSurvivors)
+)
 SAME_PLAN = 1e-6  # relative; sites calibrate the noise on machines of their own
+
+
+def is_possible(study: StudyConfig, plan: PrivacyPlan | None, site: SiteRecord, history: History) -> bool:
+    """Whether an honest site could have this history when it enrols: the plan's mechanism, all it answered included."""
+    if plan is None:
+        return not history
+    planned = plan.mechanism
+    least = min(len(site.rounds) * study.federation.local_steps, planned.steps)
+    return least <= accounting.num_steps(history) <= planned.steps and all(
+        math.isclose(m.sampling_probability, planned.sampling_probability, rel_tol=SAME_PLAN)
+        and math.isclose(m.noise_multiplier, planned.noise_multiplier, rel_tol=SAME_PLAN)
+        for m in history
+    )
+
+
+def enrol(site: SiteRecord, history: History) -> None:
+    """Take over what a site says that it has charged."""
+    _set(site, history)
 
 
 def charge_ahead(
     study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, sites: Iterable[str]
 ) -> dict[str, History]:
-    """Charge one planned round to every site that is about to be asked. Returns what each was charged before.
+    """Charge one planned round to every site that is about to be asked to train. Returns what each was charged before.
 
     The caller saves the record before it asks.
     """
@@ -45,56 +69,22 @@ def charge_ahead(
     return before
 
 
-def refuse_impossible(
-    study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, answers: RoundAnswers
-) -> RoundAnswers:
-    """The answers, every update whose history cannot be true turned into a ``malformed`` refusal."""
-    updates, refusals = {}, dict(answers.refusals)
-    for name, update in answers.updates.items():
-        if _is_possible(study, plan, run.site(name), update.history):
-            updates[name] = update
-        else:
-            refusals[name] = MALFORMED
-            logger.warning("site %s takes no part: the history of what it spent does not fit the plan", name)
-    return replace(answers, updates=updates, refusals=refusals)
-
-
-def settle(plan: PrivacyPlan | None, run: RunRecord, answers: RoundAnswers, before: dict[str, History]) -> None:
-    """Replace what was charged ahead by what the answers say, whatever becomes of the round."""
-    for name, update in answers.updates.items():
-        site = run.site(name)
-        site.reported_steps = accounting.num_steps(update.history)
-        _set(site, update.history)
-    for name, code in answers.refusals.items():
+def settle(plan: PrivacyPlan | None, run: RunRecord, outcome: RoundOutcome, before: dict[str, History]) -> None:
+    """Correct what was charged ahead by the refusals, whatever became of the round."""
+    for name, code in outcome.refusals.items():
         site = run.site(name)
         site.refusals[code] = site.refusals.get(code, 0) + 1
-        if code in BEFORE_CHARGE:
+        if code == BudgetExhausted.code and plan is not None:
+            _set(site, _with_planned(plan, record.history(site), plan.mechanism.steps))
+        elif code in BEFORE_CHARGE and name in before and name not in outcome.answered:
             _set(site, before[name])
-        elif code == BudgetExhausted.code and plan is not None:
-            _set(site, _with_planned(plan, before[name], plan.mechanism.steps))
-    for name, seconds in answers.seconds.items():
-        site = run.site(name)
-        site.seconds = round(site.seconds + seconds, 3)
 
 
-def is_spent(study: StudyConfig, answers: RoundAnswers) -> bool:
-    """Whether the round fails for nothing but spent budgets, as after an interruption: then training is over."""
-    spent = sum(code == BudgetExhausted.code for code in answers.refusals.values())
-    return len(answers.updates) < study.federation.minimum_sites <= len(answers.updates) + spent
-
-
-def _is_possible(study: StudyConfig, plan: PrivacyPlan | None, site: SiteRecord, history: History) -> bool:
-    """Whether an honest site could have this history: the plan's mechanism, this round and all before it included."""
-    if plan is None:
-        return not history
-    planned = plan.mechanism
-    answered = (len(site.rounds) + 1) * study.federation.local_steps
-    least = max(site.reported_steps, min(answered, planned.steps))
-    return least <= accounting.num_steps(history) <= planned.steps and all(
-        math.isclose(m.sampling_probability, planned.sampling_probability, rel_tol=SAME_PLAN)
-        and math.isclose(m.noise_multiplier, planned.noise_multiplier, rel_tol=SAME_PLAN)
-        for m in history
-    )
+def is_spent(study: StudyConfig, outcome: RoundOutcome, num_sites: int) -> bool:
+    """Whether a round failed for nothing but spent budgets, as after an interruption: then training is over."""
+    spent = sum(code == BudgetExhausted.code for code in outcome.refusals.values())
+    others = num_sites - len(outcome.refusals)
+    return outcome.update is None and others + spent >= study.federation.minimum_sites > others
 
 
 def _with_planned(plan: PrivacyPlan | None, spent: History, steps: int) -> History:

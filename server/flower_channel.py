@@ -1,7 +1,7 @@
 """The channel over a Flower grid: the only place of the server's flow that knows Flower."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from common import wire
 from common.errors import FederationError, TooFewSurvivors
 from common.messages import Refusal, Reply, Request
-from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR, Answer
+from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR
 
 NODES_POLL_SECONDS = 0.3
 MOST_POLL_SECONDS, POLL_SHARE = 1.0, 0.03
@@ -24,6 +24,7 @@ class FlowerChannel:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self.waited_seconds = 0.0
 
     def nodes(self, minimum: int, wanted: int, timeout_seconds: float) -> tuple[int, ...]:
         """See Channel. Flower's grid is empty at the start, in its simulation too."""
@@ -42,7 +43,7 @@ class FlowerChannel:
             )
         return nodes
 
-    def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> dict[int, Answer]:
+    def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> Iterator[tuple[int, Reply]]:
         """See Channel. Replies are mapped by the message they answer: an absent node's error has another id."""
         start = time.monotonic()
         messages = [
@@ -50,18 +51,17 @@ class FlowerChannel:
             for node, request in requests.items()
         ]
         waiting = dict(zip(self._grid.push_messages(messages), requests, strict=True))
-        answers: dict[int, Answer] = {}
         while waiting and time.monotonic() - start < timeout_seconds:
-            before = len(waiting)
-            for message in self._grid.pull_messages(list(waiting)):
+            pulling, came = time.monotonic(), self._grid.pull_messages(list(waiting))
+            if not came:  # the longer the sites work, the less often they are asked
+                time.sleep(min(MOST_POLL_SECONDS, max(0.01, POLL_SHARE * (time.monotonic() - start))))
+            self.waited_seconds += time.monotonic() - pulling
+            for message in came:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
-                    answers[node] = Answer(_reply(message), time.monotonic() - start)
-            if len(waiting) == before:  # the longer the sites work, the less often they are asked
-                time.sleep(min(MOST_POLL_SECONDS, max(0.01, POLL_SHARE * (time.monotonic() - start))))
+                    yield node, _reply(message)
         for node in waiting.values():
-            answers[node] = Answer(Refusal(NO_ANSWER), timeout_seconds)
-        return answers
+            yield node, Refusal(NO_ANSWER)
 
 
 def _reply(message: Message) -> Reply:

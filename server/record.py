@@ -37,7 +37,7 @@ class SiteRecord(Record):
     """One site's part. Patients are contracted sizes, public; nothing here depends on an image.
 
     ``epsilon`` is None when the study is not private, and None in JSON must be read as unbounded. ``mechanisms`` is
-    what the site is charged, ``reported_steps`` the steps of the last history that it sent.
+    what the site is charged.
     """
 
     name: str
@@ -45,14 +45,12 @@ class SiteRecord(Record):
     delta: float | None
     accountant: Literal["prv", "rdp", "none"]
     mechanisms: list[MechanismRecord] = Field(default_factory=list)
-    reported_steps: int = 0
     rounds: list[int] = Field(default_factory=list)
     refusals: dict[str, int] = Field(default_factory=dict)
     patients_trained: int
     patients_held_out: int
     holdout_commitment: str
     record_is_patient: bool
-    seconds: float = 0.0
 
 
 class WarmStartRecord(Record):

@@ -1,76 +1,96 @@
-"""The server's flow of one round: shared state out, local training, updates back."""
+"""What a round is to the study's flow, and its plain form: updates in the clear, added up by the server."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from common.config import StudyConfig
-from common.errors import TooFewSurvivors
 from common.messages import LocalUpdate, Refusal, Reply, TrainRequest
-from server.aggregation import GanState
+from server.aggregation import AggregateUpdate, GanState
 from server.channel import MALFORMED, Channel
 
 logger = logging.getLogger("synthward.server")
 
 
 @dataclass(frozen=True)
-class RoundAnswers:
-    """What came back in one round.
+class RoundOutcome:
+    """What came of one attempt at a round.
 
     Args:
-        updates: by site, what can be used.
-        refusals: by site, the code of those who take no part this round.
-        seconds: by site, wall-clock until the answer.
+        update: the sum; None when it failed.
+        answered: the sites whose update came.
+        refusals: by site, the code of those that fell out, at whatever stage.
+        failure: why there is no sum, in a sentence or two; "" when there is.
     """
 
-    updates: dict[str, LocalUpdate]
-    refusals: dict[str, str]
-    seconds: dict[str, float]
+    update: AggregateUpdate | None
+    answered: tuple[str, ...] = ()
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    failure: str = ""
 
 
-def ask_sites(study: StudyConfig, channel: Channel, sites: dict[int, str], state: GanState) -> RoundAnswers:
-    """Ask every site for one round of local training from ``state``.
+class Rounds(Protocol):
+    """A way of combining updates."""
 
-    A site that fails, refuses, is late or sends a wrong shape is left out of this round and asked again in the next.
+    def run(self, state: GanState, before_training: Callable[[tuple[str, ...]], None]) -> RoundOutcome:
+        """One attempt at the round after ``state``.
+
+        Args:
+            state: the shared state.
+            before_training: called with the sites that are about to be asked to train.
+        """
+        ...
+
+
+class PlainRounds:
+    """Rounds whose updates the server sees one by one.
 
     Args:
+        study: the study.
+        channel: the network.
         sites: enrolled sites, name by node id.
     """
-    number = state.round + 1
-    request = TrainRequest(study.digest, number, state.generator, state.discriminator)
-    answers = channel.ask(dict.fromkeys(sites, request), str(number), study.federation.round_timeout_seconds)
-    updates: dict[str, LocalUpdate] = {}
-    refusals: dict[str, str] = {}
-    for node, answer in sorted(answers.items()):
-        usable = _usable(answer.reply, number, state)
-        if isinstance(usable, LocalUpdate):
-            updates[sites[node]] = usable
-        else:
-            refusals[sites[node]] = usable.code
-            logger.warning("round %d: site %s takes no part: %s", number, sites[node], usable.code)
-    return RoundAnswers(updates, refusals, {sites[node]: answer.seconds for node, answer in answers.items()})
+
+    def __init__(self, study: StudyConfig, channel: Channel, sites: Mapping[int, str]) -> None:
+        self._study, self._channel, self._sites = study, channel, sites
+
+    def run(self, state: GanState, before_training: Callable[[tuple[str, ...]], None]) -> RoundOutcome:
+        """See Rounds. A site that fails, refuses, is late or sends a wrong shape is left out of this round."""
+        number, length = state.round + 1, len(state.generator) + len(state.discriminator)
+        names = tuple(sorted(self._sites.values()))
+        before_training(names)
+        request = TrainRequest(self._study.digest, number, state.generator, state.discriminator)
+        updates: dict[str, LocalUpdate] = {}
+        refusals: dict[str, str] = {}
+        timeout = self._study.federation.round_timeout_seconds
+        for node, reply in self._channel.ask(dict.fromkeys(self._sites, request), str(number), timeout):
+            usable = _usable(reply, number, length)
+            if isinstance(usable, LocalUpdate):
+                updates[self._sites[node]] = usable
+            else:
+                refusals[self._sites[node]] = usable.code
+                logger.warning("round %d: site %s takes no part: %s", number, self._sites[node], usable.code)
+        minimum = self._study.federation.minimum_sites
+        if len(updates) < minimum:
+            failure = f"Round {number} needs updates of at least {minimum} sites, got {len(updates)}."
+            return RoundOutcome(None, tuple(sorted(updates)), refusals, failure)
+        answered = tuple(sorted(updates))
+        total = np.zeros(length, np.float32)
+        for _, update in sorted(updates.items()):
+            total += update.vector
+        return RoundOutcome(AggregateUpdate(total, answered), answered, refusals)
 
 
-def check_survivors(study: StudyConfig, number: int, answers: RoundAnswers) -> None:
-    """Raise TooFewSurvivors when fewer updates came than ``federation.minimum_sites``."""
-    if len(answers.updates) < study.federation.minimum_sites:
-        codes = ", ".join(f"{site}: {code}" for site, code in sorted(answers.refusals.items()))
-        raise TooFewSurvivors(
-            f"Round {number} needs updates of at least {study.federation.minimum_sites} sites,"
-            f" got {len(answers.updates)} ({codes or 'no site enrolled'}).",
-            "Look into the log in the folders of the sites that are named, then resume the run.",
-        )
-
-
-def _usable(reply: Reply, number: int, state: GanState) -> LocalUpdate | Refusal:
+def _usable(reply: Reply, number: int, length: int) -> LocalUpdate | Refusal:
     if isinstance(reply, Refusal):
         return reply
     fits = (
         isinstance(reply, LocalUpdate)
         and reply.round == number
-        and reply.generator.shape == state.generator.shape
-        and reply.discriminator.shape == state.discriminator.shape
-        and bool(np.isfinite(reply.generator).all() and np.isfinite(reply.discriminator).all())
+        and reply.vector.shape == (length,)
+        and bool(np.isfinite(reply.vector).all())
     )
     return reply if fits and isinstance(reply, LocalUpdate) else Refusal(MALFORMED)

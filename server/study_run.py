@@ -1,8 +1,10 @@
 """The server's flow of a whole study: warm start, enrolment, rounds, and what the run leaves."""
 
 import logging
+import re
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,22 @@ from common.errors import INTERNAL, BudgetExhausted, ConfigError, FederationErro
 from common.gan import losses, networks
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector
-from common.messages import Enrolment, EnrolRequest, Refusal
+from common.messages import Enrolment, EnrolRequest, Refusal, Reply
 from common.privacy import accounting
+from common.privacy.accounting import History
 from common.privacy.plan import PrivacyPlan, make_plan
 from server import charging, checkpoints, record, synthesis
 from server.aggregation import GanState, aggregate
 from server.channel import MALFORMED, Channel
 from server.record import RunRecord, SiteRecord
-from server.round import RoundAnswers, ask_sites, check_survivors
+from server.round import PlainRounds, RoundOutcome, Rounds
+from server.secure_round import SecureRounds
 from server.warm_start import warm_start
 
 logger = logging.getLogger("synthward.server")
 NODES_TIMEOUT_SECONDS = 600.0
-ENROLMENT_CHANGED = "enrolment_changed"
+ATTEMPTS_A_ROUND = 2
+ENROLMENT_CHANGED, OTHER_ROSTER = "enrolment_changed", "other_roster"
 
 
 def run_study(
@@ -57,20 +62,26 @@ def run_study(
         run, state = _begin(study, out, torch_device, plan, refused or {})
     before = run.seconds.get("total", 0.0)
     try:
-        sites = _enrol(study, channel, run)
+        enrolled = _enrol(study, channel, run, plan)
+        rounds = _rounds(study, channel, enrolled)
+        attempts = 0
         while state.round < study.federation.rounds:
-            round_started = time.monotonic()
-            spent = charging.charge_ahead(study, plan, run, sites.values())
-            run.save(out)  # what is charged, and the sites' commitments, are on disk before a site is asked
-            answers = charging.refuse_impossible(study, plan, run, ask_sites(study, channel, sites, state))
-            charging.settle(plan, run, answers, spent)
-            if charging.is_spent(study, answers):
+            clock = _Clock(channel)
+            outcome = _attempt(study, plan, out, run, rounds, state)
+            attempts += 1
+            if outcome.update is not None:
+                state, attempts = aggregate(study, state, outcome.update), 0
+                _keep(study, out, run, state, outcome, clock)
+            elif charging.is_spent(study, outcome, len(enrolled)):
                 run.error = BudgetExhausted.code
                 logger.warning("the sites have spent all that the study planned after round %d", state.round)
                 break
-            check_survivors(study, state.round + 1, answers)
-            state = aggregate(study, state, answers.updates)
-            _keep(study, out, run, state, answers, round_started)
+            elif attempts == ATTEMPTS_A_ROUND:
+                codes = ", ".join(f"{site}: {code}" for site, code in sorted(outcome.refusals.items()))
+                raise TooFewSurvivors(
+                    f"{outcome.failure} ({codes or 'no refusals'})",
+                    "Look into the log in the folders of the sites that are named, then resume the run.",
+                )
         run.status = "completed"
     except KeyboardInterrupt:
         run.status = "interrupted"
@@ -88,6 +99,27 @@ def run_study(
         run.finished = record.now()
         run.save(out)
     return run
+
+
+def _rounds(study: StudyConfig, channel: Channel, enrolled: Mapping[int, Enrolment]) -> Rounds:
+    if study.federation.aggregation == "plain":
+        return PlainRounds(study, channel, {node: site.site for node, site in enrolled.items()})
+    return SecureRounds(study, channel, enrolled)
+
+
+def _attempt(
+    study: StudyConfig, plan: PrivacyPlan | None, out: Path, run: RunRecord, rounds: Rounds, state: GanState
+) -> RoundOutcome:
+    """One attempt at the next round, charged before a site trains and settled whatever becomes of it."""
+    before: dict[str, History] = {}
+
+    def charge(names: tuple[str, ...]) -> None:
+        before.update(charging.charge_ahead(study, plan, run, names))
+        run.save(out)
+
+    outcome = rounds.run(state, charge)
+    charging.settle(plan, run, outcome, before)
+    return outcome
 
 
 def _begin(
@@ -134,28 +166,32 @@ def _resume(study: StudyConfig, out: Path, device: torch.device) -> tuple[RunRec
     return run, state
 
 
-def _enrol(study: StudyConfig, channel: Channel, run: RunRecord) -> dict[int, str]:
-    """Ask every connected site to take part. Returns those that will, name by node id."""
+def _enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPlan | None) -> dict[int, Enrolment]:
+    """Ask every connected site to take part. Returns what those that will have said, by node id."""
     started = time.monotonic()
     contract, minimum = study.federation.contracted_patients, study.federation.minimum_sites
     nodes = channel.nodes(minimum, max(minimum, len(contract)), NODES_TIMEOUT_SECONDS)
     # A site checks all of its files before it answers, which takes as long as a round may.
     requests = dict.fromkeys(nodes, EnrolRequest(study.digest))
-    answers = channel.ask(requests, "enrol", study.federation.round_timeout_seconds)
-    sites: dict[int, str] = {}
+    answers = dict(channel.ask(requests, "enrol", study.federation.round_timeout_seconds))
+    enrolled: dict[int, Enrolment] = {}
     # A resumed run asks all sites of the contract anew; those refused in preparation are not in it.
     run.refused_sites = {name: code for name, code in run.refused_sites.items() if name not in contract}
     run.refused_nodes = []
-    for node, answer in sorted(answers.items()):
-        reply = answer.reply
+    roster = _common_roster(answers.values())
+    for node, reply in sorted(answers.items()):
         if isinstance(reply, Refusal):
             run.refused_nodes.append(reply.code)
-        elif not isinstance(reply, Enrolment) or reply.site not in contract or reply.site in sites.values():
+        elif not isinstance(reply, Enrolment) or reply.site not in contract or not _has_identity(study, reply):
             run.refused_nodes.append(MALFORMED)
-        elif not _enter(study, run, reply):
+        elif reply.site in {other.site for other in enrolled.values()}:
+            run.refused_nodes.append(MALFORMED)
+        elif reply.roster_digest != roster:
+            run.refused_sites[reply.site] = OTHER_ROSTER
+        elif not _enter(study, plan, run, reply):
             run.refused_sites[reply.site] = ENROLMENT_CHANGED
         else:
-            sites[node] = reply.site
+            enrolled[node] = reply
     refusals = sorted([*run.refused_sites.values(), *run.refused_nodes])
     if refusals:
         logger.warning("sites that take no part: %s", ", ".join(refusals))
@@ -163,57 +199,84 @@ def _enrol(study: StudyConfig, channel: Channel, run: RunRecord) -> dict[int, st
     run.sites.sort(key=lambda site: order.index(site.name))
     run.notice = record.notice(study, any(site.record_is_patient for site in run.sites))
     run.seconds["enrolment"] = round(time.monotonic() - started, 3)
-    if len(sites) < minimum:
+    if len(enrolled) < minimum:
         raise TooFewSurvivors(
-            f"Expected at least {minimum} sites to enrol, got {len(sites)} (refused: {', '.join(refusals) or 'none'}).",
+            f"Expected at least {minimum} sites to enrol, got {len(enrolled)}"
+            f" (refused: {', '.join(refusals) or 'none'}).",
             "Look into the logs in the sites' folders; `synthward data check` says what a site would refuse.",
         )
-    return sites
+    return enrolled
 
 
-def _enter(study: StudyConfig, run: RunRecord, reply: Enrolment) -> bool:
-    """Put a site into the record. False when a resumed run knows it with another split or privacy unit."""
-    known = next((site for site in run.sites if site.name == reply.site), None)
-    if known is not None:
-        return reply == Enrolment(known.name, known.holdout_commitment, known.record_is_patient)
-    trained, held_out = study.contracted_split(reply.site)
-    delta = study.privacy.delta if study.privacy.enabled else None
-    run.sites.append(
-        SiteRecord(
-            name=reply.site,
-            epsilon=None if delta is None else 0.0,
-            delta=delta,
-            accountant="none" if delta is None else "rdp",
-            patients_trained=trained,
-            patients_held_out=held_out,
-            holdout_commitment=reply.holdout_commitment,
-            record_is_patient=reply.record_is_patient,
-        )
-    )
+def _has_identity(study: StudyConfig, reply: Enrolment) -> bool:
+    """Whether the site gave a public key, where the study needs one. Whose it is, only the other sites can tell."""
+    return study.federation.aggregation == "plain" or re.fullmatch("[0-9a-f]{64}", reply.identity) is not None
+
+
+def _common_roster(replies: Iterable[Reply]) -> str:
+    """The digest of the roster that most sites have pinned; a site with another one could not verify the rest."""
+    digests = Counter(reply.roster_digest for reply in replies if isinstance(reply, Enrolment))
+    return min(digests, key=lambda digest: (-digests[digest], digest), default="")
+
+
+def _enter(study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, reply: Enrolment) -> bool:
+    """Put a site into the record. False when it says what cannot be true, or what the record contradicts."""
+    site = next((site for site in run.sites if site.name == reply.site), None)
+    if site is not None and (site.holdout_commitment, site.record_is_patient) != (
+        reply.holdout_commitment,
+        reply.record_is_patient,
+    ):
+        return False
+    if site is None:
+        site = _new_site(study, reply)
+    if not charging.is_possible(study, plan, site, reply.history):
+        return False
+    charging.enrol(site, reply.history)
+    if site not in run.sites:
+        run.sites.append(site)
     return True
 
 
-def _keep(
-    study: StudyConfig, out: Path, run: RunRecord, state: GanState, answers: RoundAnswers, started: float
-) -> None:
+def _new_site(study: StudyConfig, reply: Enrolment) -> SiteRecord:
+    trained, held_out = study.contracted_split(reply.site)
+    delta = study.privacy.delta if study.privacy.enabled else None
+    return SiteRecord(
+        name=reply.site,
+        epsilon=None if delta is None else 0.0,
+        delta=delta,
+        accountant="none" if delta is None else "rdp",
+        patients_trained=trained,
+        patients_held_out=held_out,
+        holdout_commitment=reply.holdout_commitment,
+        record_is_patient=reply.record_is_patient,
+    )
+
+
+class _Clock:
+    """How long a round takes, and how much of it the server waits."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._started, self._waited = channel, time.monotonic(), channel.waited_seconds
+
+    def seconds(self) -> dict[str, float]:
+        whole, waited = time.monotonic() - self._started, self._channel.waited_seconds - self._waited
+        parts = {"round": whole, "waiting_for_sites": waited, "server": whole - waited}
+        return {name: round(value, 3) for name, value in parts.items()}
+
+
+def _keep(study: StudyConfig, out: Path, run: RunRecord, state: GanState, outcome: RoundOutcome, clock: _Clock) -> None:
     """Write one round: pictures, figures and the record, then the checkpoint, which makes the round count."""
-    waited = max(answers.seconds.values())
     _save_samples(study, out, run, state)
     sites: dict[str, dict[str, float | int | None]] = {}
-    for name, update in answers.updates.items():
+    for name in outcome.answered:
         site = run.site(name)
         site.rounds.append(state.round)
-        sites[name] = {
-            "seconds": round(answers.seconds[name], 3),
-            "steps_charged": accounting.num_steps(update.history),
-            "epsilon_rdp": site.epsilon,
-        }
+        sites[name] = {"steps_charged": accounting.num_steps(record.history(site)), "epsilon_rdp": site.epsilon}
     run.rounds_completed = state.round
     run.save(out)
     line = {"round": state.round, "private": run.private, **_losses(study, state)}
-    seconds = time.monotonic() - started
-    parts = _rounded({"round": seconds, "waiting_for_sites": waited, "server": seconds - waited})
-    record.append_metrics(out, {**line, "sites": sites, "refused": answers.refusals, "seconds": parts})
+    refused = dict(outcome.refusals)
+    record.append_metrics(out, {**line, "sites": sites, "refused": refused, "seconds": clock.seconds()})
     checkpoints.save(out / "checkpoints", state, run.notice)
 
 
@@ -233,7 +296,3 @@ def _losses(study: StudyConfig, state: GanState, count: int = 64) -> dict[str, f
 def _save_samples(study: StudyConfig, out: Path, run: RunRecord, state: GanState) -> None:
     grid = synthesis.sample_grid(study, state.generator_average)
     synthesis.save_png(out / "samples" / f"round-{state.round:04d}.png", grid, run.notice)
-
-
-def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in seconds.items()}

@@ -22,9 +22,10 @@ from common.config import StudyConfig
 from common.messages import TrainRequest
 from common.orientation import SLICE_RANGE
 from common.phantom import brain
+from common.privacy.plan import make_plan
 from deploy.bench.distance import features, frechet
 from deploy.runs import EXAMPLES
-from server.aggregation import GanState, aggregate
+from server.aggregation import AggregateUpdate, GanState, aggregate
 from server.synthesis import synthesize
 from server.warm_start import warm_start
 
@@ -75,13 +76,12 @@ def _train(study: StudyConfig, state: GanState) -> tuple[GanState, float]:
             ids = tuple(str(patient) for patient in range(trained))
             cohort = PreparedCohort(images, labels, ids, starts, ())
             sites[name] = SiteStudy(study, name, site_folder, cohort, trained, "cpu")
-        noise = 0.0
         for _ in range(study.federation.rounds):
             request = TrainRequest(study.digest, state.round + 1, state.generator, state.discriminator)
-            updates = {name: train_round(site, request) for name, site in sites.items()}
-            state = aggregate(study, state, updates)
-            noise = next(iter(updates.values())).history[0].noise_multiplier
-    return state, noise
+            total = np.sum([train_round(site, request).vector for site in sites.values()], axis=0)
+            state = aggregate(study, state, AggregateUpdate(total, tuple(sites)))
+    plan = make_plan(study)
+    return state, plan.mechanism.noise_multiplier if plan else 0.0
 
 
 def _patients(

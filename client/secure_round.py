@@ -1,0 +1,128 @@
+"""The site's flow of one secure sum: what each message of the server sets in motion. Training is handed in."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from client import updates
+from client.accountant import SiteAccountant
+from client.identity import Member
+from client.round_file import RoundFile
+from common.config import StudyConfig
+from common.errors import BudgetExhausted, ConfigError, FederationError, ProtocolError
+from common.messages import (
+    AdvertiseKeysRequest,
+    Confirmation,
+    ConfirmSurvivorsRequest,
+    LocalUpdate,
+    MaskedInput,
+    MaskedInputRequest,
+    SealedShares,
+    ShareKeysRequest,
+    TrainRequest,
+    UnmaskRequest,
+    UnmaskShares,
+)
+from common.privacy.accounting import num_steps
+from common.secagg.keys import AdvertisedKeys
+
+logger = logging.getLogger("synthward.site")
+
+
+@dataclass(frozen=True)
+class SecureSite:
+    """One study at one site, as the secure sum sees it.
+
+    Args:
+        study: the study.
+        member: who the site is.
+        folder: the study's folder at the site.
+    """
+
+    study: StudyConfig
+    member: Member
+    folder: Path
+
+    @property
+    def file(self) -> RoundFile:
+        """Where the attempt is kept."""
+        return RoundFile(self.folder, self.member, self.study.digest)
+
+
+def advertise_keys(at: SecureSite, request: AdvertiseKeysRequest) -> AdvertisedKeys:
+    """Begin an attempt. Raises OutOfOrder for one served before, BudgetExhausted when there is nothing left to add."""
+    if at.study.federation.aggregation != "secure":
+        raise ConfigError("The study has no secure aggregation.", "Ask for local rounds.")
+    return _advertise(at, request.attempt)
+
+
+def share_keys(at: SecureSite, request: ShareKeysRequest) -> SealedShares:
+    """Check the cohort and deal the shares. Raises ProtocolError."""
+    with at.file.stage(request.attempt) as attempt:
+        return attempt.share_keys(request)
+
+
+def masked_input(
+    at: SecureSite, request: MaskedInputRequest, train: Callable[[TrainRequest], LocalUpdate]
+) -> MaskedInput:
+    """Check and open the shares, train, mask, and note that this update has left.
+
+    Raises:
+        BadPeer, OutOfOrder, TooFewSurvivors: before anything is spent.
+        ProtocolError: the update was made and cannot be sent; and whatever ``train`` raises.
+
+    Args:
+        at: the study at this site.
+        request: the request.
+        train: makes the site's update.
+    """
+    with at.file.stage(request.attempt) as attempt:
+        attempt.open_shares(request)
+    try:
+        update = train(request.train)
+    except BaseException:
+        at.file.end()
+        raise
+    try:
+        updates.note_left(at.folder, request.train.digest)
+        with at.file.stage(request.attempt) as attempt:
+            message, clipped = attempt.masked_input(update.vector, at.study.secure_aggregation.encoding, update.round)
+    except FederationError as error:  # a code of its own: to the server, others mean that nothing was spent
+        raise ProtocolError(f"The update was made and is lost: {error}") from error
+    # Site's own log: how many coordinates were clipped derives from patients.
+    logger.info("round %d: %d of %d coordinates clipped to the value range", update.round, clipped, message.length)
+    return message
+
+
+def confirm_survivors(at: SecureSite, request: ConfirmSurvivorsRequest) -> Confirmation:
+    """Sign the survivors. Raises ProtocolError."""
+    with at.file.stage(request.attempt) as attempt:
+        return attempt.confirm_survivors(request)
+
+
+def unmask(at: SecureSite, request: UnmaskRequest) -> UnmaskShares:
+    """Open the shares, end the attempt, and advertise keys for the next. Raises ProtocolError."""
+    with at.file.stage(request.attempt) as attempt:
+        opened = attempt.unmask(request)
+    at.file.end()
+    try:
+        next_keys = _advertise(at, request.attempt + 1)
+    except BudgetExhausted:
+        next_keys = None
+    return UnmaskShares(opened.attempt, opened.self_masks, opened.mask_keys, next_keys)
+
+
+def _advertise(at: SecureSite, number: int) -> AdvertisedKeys:
+    _check_budget(at)
+    attempt = at.file.begin(number, max(at.study.federation.minimum_sites, at.member.minimum_cohort))
+    own = attempt.advertise_keys()
+    at.file.keep(attempt)
+    return own
+
+
+def _check_budget(at: SecureSite) -> None:
+    """Refuse here, where it costs nobody anything, when all is spent and no update waits to be sent."""
+    spent = num_steps(SiteAccountant(at.folder, at.study.digest).history)
+    if at.study.privacy.enabled and spent >= at.study.total_steps and not updates.read(at.folder).pending:
+        raise BudgetExhausted("All steps that the study planned for this site are spent.", "Plan a new study.")

@@ -1,0 +1,59 @@
+"""Which update a site has at hand, and which has left it masked: that one is never masked again.
+
+Under two cohorts that differ by one site, the difference of the two sums would be that site's update. So a round that
+is asked for again, because its secure sum failed after this site had answered, is trained anew under its own charge.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.errors import SiteError
+from common.files import write_atomically
+
+FILE_NAME = "updates.json"
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Digests of the requests that the newest updates answer; "" for none.
+
+    Args:
+        made: the update that is saved, finished or not.
+        left: the update that has left.
+    """
+
+    made: str = ""
+    left: str = ""
+
+    @property
+    def pending(self) -> bool:
+        """Whether the saved update can still be sent."""
+        return self.made != "" and self.made != self.left
+
+
+def read(folder: Path) -> Updates:
+    """What stands in a study's folder. Raises SiteError for a damaged file."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return Updates()
+    try:
+        content = json.loads(path.read_bytes())
+        return Updates(str(content["made"]), str(content["left"]))
+    except (ValueError, KeyError, TypeError):
+        raise SiteError(f"{path} is damaged.", "Restore it: without it an update could leave twice.") from None
+
+
+def note_made(folder: Path, request: str) -> None:
+    """An update is saved, finished or not."""
+    _write(folder, replace(read(folder), made=request))
+
+
+def note_left(folder: Path, request: str) -> None:
+    """An update is about to leave; call this before it does."""
+    _write(folder, replace(read(folder), left=request))
+
+
+def _write(folder: Path, updates: Updates) -> None:
+    content = {"made": updates.made, "left": updates.left}
+    write_atomically(folder / FILE_NAME, json.dumps(content).encode(), mode=0o600)

@@ -1,0 +1,165 @@
+"""Keys of a secure sum: identities that sign, fresh keys of one attempt, and every key derived from them.
+
+| key | made | lives |
+|---|---|---|
+| identity, Ed25519 | once a site | in the site's folder; its public half is in the roster |
+| share key, X25519 | fresh an attempt | seals the shares |
+| mask key, X25519 | fresh an attempt | pairwise masks; its private half is what is shared |
+
+**Guarantee.** Every signature and every derived key is bound to the protocol's name and version, the study, the
+attempt, the stage and the ordered pair of sites; derived keys to the transcript too. Parts are length-prefixed, so that
+no two different sets of parts read the same.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from common.errors import BadPeer
+
+PROTOCOL = "synthward secure aggregation 1"
+KEY_BYTES, SIGNATURE_BYTES = 32, 64
+_NONCE = bytes(12)  # every sealing key seals one message only
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What all keys and signatures of one secure sum are bound to.
+
+    Args:
+        study_digest: the study.
+        number: counts the secure sums of a study, also those that failed; a site serves each number once at most.
+    """
+
+    study_digest: str
+    number: int
+
+    def label(self, stage: str, *parts: str | bytes) -> bytes:
+        """The bytes that stand for this attempt, a stage of it and some parts; injective."""
+        whole = (PROTOCOL, self.study_digest, str(self.number), stage, *parts)
+        encoded = [part.encode() if isinstance(part, str) else part for part in whole]
+        return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+
+
+@dataclass(frozen=True)
+class AdvertisedKeys:
+    """A site's public keys of one attempt, signed with its identity key over (attempt, site, keys)."""
+
+    site: str
+    share_key: bytes
+    mask_key: bytes
+    signature: bytes
+
+
+def advertise(
+    identity: Ed25519PrivateKey, attempt: Attempt, site: str, share_key: bytes, mask_key: bytes
+) -> AdvertisedKeys:
+    """Sign the public halves of a site's fresh keys."""
+    signature = identity.sign(attempt.label("advertise_keys", site, share_key, mask_key))
+    return AdvertisedKeys(site, share_key, mask_key, signature)
+
+
+def check_advertised(keys: AdvertisedKeys, attempt: Attempt, identity: bytes) -> None:
+    """Raise BadPeer unless the keys are signed by this identity for this attempt."""
+    check_signature(identity, keys.signature, attempt.label("advertise_keys", keys.site, keys.share_key, keys.mask_key))
+
+
+def check_signature(identity: bytes, signature: bytes, signed: bytes) -> None:
+    """Raise BadPeer unless ``signature`` is that of the identity (32 bytes, public) over ``signed``."""
+    try:
+        Ed25519PublicKey.from_public_bytes(identity).verify(signature, signed)
+    except (InvalidSignature, ValueError):
+        raise BadPeer("Expected a signature of a site on the roster, found another.") from None
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What the sites of one attempt agreed on.
+
+    Args:
+        attempt: the attempt.
+        digest: SHA-256 over everything public: attempt, roster, and each site's keys, by name.
+    """
+
+    attempt: Attempt
+    digest: bytes
+
+    def label(self, stage: str, *parts: str | bytes) -> bytes:
+        """The bytes that stand for a stage of this attempt among these sites; injective."""
+        return self.attempt.label(stage, self.digest, *parts)
+
+
+def make_transcript(attempt: Attempt, roster_digest: str, cohort: Iterable[AdvertisedKeys]) -> Transcript:
+    """The transcript of an attempt among these sites, in whatever order they are given."""
+    parts: list[str | bytes] = [roster_digest]
+    for entry in sorted(cohort, key=lambda entry: entry.site):
+        parts += [entry.site, entry.share_key, entry.mask_key, entry.signature]
+    return Transcript(attempt, hashlib.sha256(attempt.label("transcript", *parts)).digest())
+
+
+def commitment(attempt: Attempt, kind: str, owner: str, holder: str, secret: bytes) -> bytes:
+    """SHA-256 that binds a site to a share it dealt, or (``holder`` "") to its seed; it hides 32 random bytes."""
+    return hashlib.sha256(attempt.label("commitment", kind, owner, holder, secret)).digest()
+
+
+def confirmed(agreed: Transcript, survivors: Iterable[str]) -> bytes:
+    """What a site signs to confirm the survivors."""
+    return agreed.label("confirm_survivors", *sorted(survivors))
+
+
+def agree(private: bytes, public: bytes) -> bytes:
+    """The shared secret of two X25519 keys. Raises BadPeer for a public key of small order or another length."""
+    try:
+        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise BadPeer("Expected an X25519 public key, found a degenerate one.") from None
+
+
+def public_half(private: bytes) -> bytes:
+    """The public key of an X25519 private key, 32 bytes each."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
+    """32 bytes by HKDF-SHA256 (RFC 5869)."""
+    return HKDF(hashes.SHA256(), KEY_BYTES, salt, info).derive(secret)
+
+
+def pairwise_key(private: bytes, public: bytes, agreed: Transcript, one: str, other: str) -> bytes:
+    """The key of the mask that two sites share; the same from both ends.
+
+    Args:
+        private: one end's private mask key.
+        public: the other end's public mask key.
+        agreed: the transcript.
+        one: name of either end.
+        other: name of the other.
+    """
+    return derive(agree(private, public), agreed.digest, agreed.label("masked_input", *sorted((one, other))))
+
+
+def self_mask_key(self_mask: bytes, agreed: Transcript, site: str) -> bytes:
+    """The key of a site's own mask, from its 32-byte seed."""
+    return derive(self_mask, agreed.digest, agreed.label("masked_input", site))
+
+
+def seal(private: bytes, public: bytes, agreed: Transcript, sender: str, receiver: str, text: bytes) -> bytes:
+    """Encrypt the one text that ``sender`` sends to ``receiver`` in an attempt (ChaCha20-Poly1305)."""
+    label = agreed.label("share_keys", sender, receiver)
+    return ChaCha20Poly1305(derive(agree(private, public), agreed.digest, label)).encrypt(_NONCE, text, label)
+
+
+def unseal(private: bytes, public: bytes, agreed: Transcript, sender: str, receiver: str, sealed: bytes) -> bytes:
+    """The inverse of ``seal`` at the receiver. Raises BadPeer for a text that was changed, moved or replayed."""
+    label = agreed.label("share_keys", sender, receiver)
+    try:
+        return ChaCha20Poly1305(derive(agree(private, public), agreed.digest, label)).decrypt(_NONCE, sealed, label)
+    except (InvalidTag, ValueError):
+        raise BadPeer("Expected a share sealed for this site and attempt, found another text.") from None

@@ -74,8 +74,12 @@ def read_public(path: Path) -> bytes:
     return key.public_bytes_raw()
 
 
-def load_member(settings: SiteSettings) -> Member:
+def load_member(settings: SiteSettings, roster: Roster | None = None) -> Member:
     """The site's key and roster, checked against each other and against the pinned digest.
+
+    Args:
+        settings: the site's.
+        roster: to check in place of the one in the site's folder.
 
     Raises:
         SiteError: no key, a key that others can read, no roster, another roster than the pinned one, or one that has
@@ -83,15 +87,12 @@ def load_member(settings: SiteSettings) -> Member:
     """
     identity = _load_identity(settings.folder)
     if not settings.roster_digest:
-        raise SiteError("This site has pinned no roster.", "Set roster_digest in site.toml: `synthward roster digest`.")
-    try:
-        roster = load_roster(settings.folder / ROSTER_FILE)
-    except ConfigError as error:
-        raise SiteError(error.message, error.remedy) from None
+        raise SiteError("This site has pinned no roster.", "Pin it: `synthward site pin FOLDER ROSTER --digest HEX`.")
+    roster = roster or _load_roster(settings.folder / ROSTER_FILE)
     if roster.digest != settings.roster_digest:
         raise SiteError(
             f"{settings.folder / ROSTER_FILE} is not the roster that this site has pinned.",
-            "Compare `synthward roster digest` with the coordinator by telephone before you change roster_digest.",
+            "Compare `synthward roster digest` with the coordinator by telephone before you pin another.",
         )
     if roster.sites.get(settings.name) != identity.public_key().public_bytes_raw():
         raise SiteError(
@@ -117,6 +118,13 @@ def simulated_roster(folders: Mapping[str, Path]) -> Roster:
             if not (folder / KEY_FILE).exists():
                 make_identity(folder)
     return make_roster({name: read_public(folder / PUBLIC_FILE) for name, folder in folders.items()})
+
+
+def _load_roster(path: Path) -> Roster:
+    try:
+        return load_roster(path)
+    except ConfigError as error:  # a fault of the site's folder, not of a command
+        raise SiteError(error.message, error.remedy) from None
 
 
 def _load_identity(folder: Path) -> Ed25519PrivateKey:

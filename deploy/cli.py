@@ -17,6 +17,8 @@ EXAMPLES = """examples:
   synthward simulate study.toml --site a=DIR --site b=DIR   train on the data of two sites
   synthward simulate --resume runs/try                      go on after Ctrl-C
   synthward generate runs/try --count 100 --out images      draw synthetic images
+  synthward site keygen FOLDER                              make a site's identity key
+  synthward roster make north=a.pub south=b.pub --out roster.json
 
 exit status: 0 done, 1 a defect (please report it), 2 wrong usage or configuration, 3 refused by a site,
 4 the federation failed, 130 interrupted"""
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_simulate(commands)
     _add_generate(commands)
+    _add_site(commands)
+    _add_roster(commands)
     return parser
 
 
@@ -227,6 +231,88 @@ def _generate(options: argparse.Namespace) -> None:
     from deploy.generate import generate
 
     print(generate(options.run_folder, options.count, options.out, options.label, options.format, options.seed))
+
+
+# ---------------------------------------------------------------- site, roster
+
+
+def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    site = commands.add_parser("site", help="make a site's identity key, pin the roster")
+    parts = site.add_subparsers(required=True, metavar="COMMAND")
+    keygen = parts.add_parser(
+        "keygen",
+        help="make the key that signs for a site; its private half never leaves the folder",
+        epilog="example: synthward site keygen /srv/synthward/north",
+    )
+    keygen.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder; made when absent")
+    _add_debug(keygen)
+    keygen.set_defaults(run=_site_keygen)
+
+    pin = parts.add_parser(
+        "pin",
+        help="accept a roster at a site, after comparing its digest by telephone",
+        epilog="example: synthward site pin /srv/synthward/north roster.json --digest 5f0c...",
+    )
+    pin.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder, with site.toml and its key")
+    pin.add_argument("roster", type=Path, metavar="ROSTER", help="the roster from the coordinator")
+    pin.add_argument("--digest", required=True, metavar="HEX", help="the digest that the coordinator told you")
+    _add_debug(pin)
+    pin.set_defaults(run=_site_pin)
+
+
+def _site_keygen(options: argparse.Namespace) -> None:
+    from deploy.identities import keygen
+
+    keygen(options.folder)
+
+
+def _site_pin(options: argparse.Namespace) -> None:
+    from deploy.identities import pin
+
+    pin(options.folder.resolve(), options.roster, options.digest.strip().lower())
+
+
+def _add_roster(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    roster = commands.add_parser("roster", help="make and show the list of sites and their public keys")
+    parts = roster.add_subparsers(required=True, metavar="COMMAND")
+    make = parts.add_parser(
+        "make",
+        help="write a roster from the sites' public keys",
+        epilog="example: synthward roster make north=north.pub south=south.pub --out roster.json",
+    )
+    make.add_argument("keys", type=_named_path, nargs="+", metavar="NAME=FILE", help="a site's identity.pub")
+    make.add_argument("--out", type=Path, required=True, metavar="ROSTER", help="new file")
+    _add_debug(make)
+    make.set_defaults(run=_roster_make)
+
+    show = parts.add_parser("show", help="print every site's public key and the digest")
+    show.add_argument("roster", type=Path, metavar="ROSTER", help="a roster file")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    _add_debug(show)
+    show.set_defaults(run=_roster_show)
+
+    digest = parts.add_parser("digest", help="print the digest that sites compare and pin")
+    digest.add_argument("roster", type=Path, metavar="ROSTER", help="a roster file")
+    _add_debug(digest)
+    digest.set_defaults(run=_roster_digest)
+
+
+def _roster_make(options: argparse.Namespace) -> None:
+    from deploy.identities import make
+
+    make(options.keys, options.out)
+
+
+def _roster_show(options: argparse.Namespace) -> None:
+    from deploy.identities import show
+
+    show(options.roster, as_json=options.json)
+
+
+def _roster_digest(options: argparse.Namespace) -> None:
+    from deploy.identities import digest
+
+    digest(options.roster)
 
 
 # ---------------------------------------------------------------- arguments

@@ -42,7 +42,7 @@ def warm_start(study: StudyConfig, device: torch.device) -> WarmStart:
         return WarmStart(_state(GanTrainer(study, device, None, 1, study.seed)), None)
     if study.gan.warm_start == "phantom":
         path = cache_folder() / f"{_recipe_digest(study)}.pt"
-        cached = path.exists()
+        cached = _is_readable(path)
         if not cached:
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.write(path, train_on_phantoms(study, device), "Trained on public phantoms, on no patient.")
@@ -85,6 +85,15 @@ def _recipe_digest(study: StudyConfig) -> str:
         RECIPE,
     ]
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the cache holds a checkpoint of this version; an older or damaged one is made anew."""
+    try:
+        checkpoints.load(path)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_fits(study: StudyConfig, state: GanState) -> None:

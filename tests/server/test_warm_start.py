@@ -100,3 +100,13 @@ def test_phantoms_of_each_anatomy_show_a_lesion_where_the_label_says_so(anatomy:
     unlabelled = draw_phantoms(TINY.with_changes("image", label_column="", labels=[]), np.zeros(4, np.int64), rng)
     assert unlabelled.shape == (4, 1, 28, 28)
     assert set(draw_labels(study, 100, rng).tolist()) == {0, 1}
+
+
+def test_a_damaged_cache_is_made_anew() -> None:
+    first = warm_start(TINY, CPU)
+    (path,) = cache_folder().glob("*.pt")
+    path.write_bytes(path.read_bytes()[:-100])
+    again = warm_start(TINY, CPU)
+    assert first.record is not None and again.record is not None
+    assert not again.record.from_cache
+    np.testing.assert_array_equal(again.state.generator, first.state.generator)

@@ -102,12 +102,12 @@ def confirm_survivors(at: SecureSite, request: ConfirmSurvivorsRequest) -> Confi
 
 
 def unmask(at: SecureSite, request: UnmaskRequest) -> UnmaskShares:
-    """Open the shares, end the attempt, and advertise keys for the next. Raises ProtocolError."""
+    """Open the shares, end the attempt, and advertise keys if another follows. Raises ProtocolError."""
     with at.file.stage(request.attempt) as attempt:
         opened = attempt.unmask(request)
     at.file.end()
     try:
-        next_keys = _advertise(at, request.attempt + 1)
+        next_keys = _advertise(at, request.attempt + 1) if request.another else None
     except BudgetExhausted:
         next_keys = None
     return UnmaskShares(opened.attempt, opened.self_masks, opened.mask_keys, next_keys)

@@ -174,11 +174,19 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class UnmaskRequest:
-    """Server to site: these sites confirmed the same survivors. Answered by UnmaskShares."""
+    """Server to site: these sites confirmed the same survivors. Answered by UnmaskShares.
+
+    Args:
+        study_digest: the study.
+        attempt: the attempt.
+        confirmations: by site, its signature.
+        another: whether keys for another attempt are wanted: not after the last round.
+    """
 
     study_digest: str
     attempt: int
     confirmations: Mapping[str, bytes]
+    another: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ class UnmaskShares:
         attempt: the attempt.
         self_masks: by survivor, a share of its self mask.
         mask_keys: by dropped site, a share of its mask key.
-        next_keys: keys for ``attempt + 1``; None when the site will take no part in it.
+        next_keys: keys for ``attempt + 1``; None when there is none, or the site will take no part in it.
     """
 
     attempt: int

@@ -121,7 +121,11 @@ def pack(message: Request | Reply) -> RecordDict:
         case Confirmation():
             return _record("confirmation", {"attempt": message.attempt, "signature": message.signature})
         case UnmaskRequest():
-            facts = {"study_digest": message.study_digest, "attempt": message.attempt}
+            facts = {
+                "study_digest": message.study_digest,
+                "attempt": message.attempt,
+                "another": message.another,
+            }
             return _record("unmask_request", facts | _named("confirmations", message.confirmations))
         case UnmaskShares():
             facts = {"attempt": message.attempt}
@@ -262,8 +266,8 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
         case "confirmation":
             return Confirmation(facts.number("attempt"), facts.data("signature"))
         case "unmask_request":
-            confirmations = facts.named("confirmations")
-            return UnmaskRequest(facts.text("study_digest"), facts.number("attempt"), confirmations)
+            study_digest, attempt = facts.text("study_digest"), facts.number("attempt")
+            return UnmaskRequest(study_digest, attempt, facts.named("confirmations"), facts.take(bool, "another"))
         case "unmask_shares":
             self_masks, mask_keys, following = facts.named("self_masks"), facts.named("mask_keys"), facts.keys()
             if len(following) > 1:

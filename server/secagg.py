@@ -159,8 +159,12 @@ class SecureSum:
 
     # ------------------------------------------------------------ unmask
 
-    def unmask_requests(self) -> dict[str, UnmaskRequest]:
-        """Enter ``unmask``: to every site that confirmed the signatures of its holders, as many as it needs."""
+    def unmask_requests(self, another: bool = True) -> dict[str, UnmaskRequest]:
+        """Enter ``unmask``: to every site that confirmed the signatures of its holders, as many as it needs.
+
+        Args:
+            another: whether the sites shall send keys for another attempt.
+        """
         self._enter("unmask")
         self._check_holders("confirm_survivors", self._dealt, self._confirmed)
         attempt, requests = self.plan.attempt, {}
@@ -168,7 +172,7 @@ class SecureSum:
             others = sorted((self._holders(name) - {name}) & set(self._confirmed))
             needed = others[: self._threshold(name) - 1]
             signatures = {other: self._confirmed[other] for other in needed}
-            requests[name] = UnmaskRequest(attempt.study_digest, attempt.number, signatures)
+            requests[name] = UnmaskRequest(attempt.study_digest, attempt.number, signatures, another)
         return requests
 
     def take_unmask_shares(self, site: str, reply: UnmaskShares) -> None:

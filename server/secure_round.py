@@ -111,7 +111,7 @@ class SecureRounds:
             if reply.next_keys is not None:
                 take_keys(name, reply.next_keys)
 
-        requests = secure_sum.unmask_requests()
+        requests = secure_sum.unmask_requests(another=secure_sum.plan.round < self._study.federation.rounds)
         self._exchange(secure_sum.plan, "unmask", requests, {UnmaskShares: take}, refusals)
 
     def _exchange(

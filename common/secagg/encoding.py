@@ -6,7 +6,7 @@ two integers beside it, up with the probability that makes it unbiased.
 **Guarantee.** ``check_capacity`` proves that the encoded values of ``num_sites`` sites cannot wrap: each is at most
 value_range * 2^fraction_bits in magnitude (the bound is rounded up to an integer), so the sum is below
 2^(modulus_bits - 1). The decoded sum then differs from the sum of the clipped inputs by less than
-num_sites * 2^-fraction_bits.
+num_sites * 2^-fraction_bits, and by float32's own rounding where it has more than 24 bits.
 """
 
 import math

@@ -12,7 +12,7 @@ after it has seen all picks; only the colluding sites are fixed before.
 |---|---|
 | a site's secrets open: the server gets t shares of both kinds | some site picks 2t - h or more colluders |
 | the sum over fewer than a third of the sites opens | s sites whose living holders are all among them or colluding |
-| an honest round fails though few sites dropped | some site loses more than h - t of its h holders |
+| an honest round fails though few sites dropped | some site, living or dropped, loses more than h - t of its holders |
 
 The first two add up to at most 2^-40 with one site in twenty colluding, the third is at most 2^-30 with one in twenty
 dropping out. Each site needs h = k + 1 holders, t of them, t > 2h/3.
@@ -87,7 +87,9 @@ def log2_of_correctness_failure(num_sites: int, picks: int) -> float:
     """Upper bound of the third row of the module's table, as a logarithm to base 2."""
     dropping = math.ceil(DROPPING * num_sites)
     lost = picks + 1 - threshold_of(picks + 1) + 1
-    return math.log2(max(num_sites * _at_least(lost, num_sites - 1, dropping, picks), 1e-300))
+    living = (num_sites - dropping) * _at_least(lost, num_sites - 1, dropping, picks)
+    dropped = dropping * _at_least(lost - 1, num_sites - 1, dropping - 1, picks)  # it is one of its own lost holders
+    return math.log2(max(living + dropped, 1e-300))
 
 
 def _at_least(least: int, population: int, marked: int, draws: int) -> float:

@@ -60,7 +60,7 @@ def load_roster(path: Path) -> Roster:
         raise ConfigError(
             f"Cannot read the roster {path}: {error.strerror}.", "Give the file that `synthward roster make` wrote."
         ) from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise ConfigError(
             f"{path} is not a roster of version {VERSION}.", "Ask the coordinator for the file again."
         ) from None

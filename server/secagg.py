@@ -29,6 +29,7 @@ from common.secagg import keys, masks, neighbours, shares
 from common.secagg.encoding import Encoding, Floats, decode
 from common.secagg.keys import AdvertisedKeys, Attempt
 
+_PROBE = bytes(range(32))  # any private key: with a public one of small order it agrees on nothing
 STAGES = ("start", "share_keys", "masked_input", "confirm_survivors", "unmask", "done")
 
 
@@ -272,16 +273,26 @@ class SecureSum:
             raise BadPeer(f"Expected attempt {self.plan.attempt.number} from {site}, found {number}.")
 
     def _too_few(self, stage: str, needed: str, found: int) -> NoReturn:
+        self.stage = STAGES[-1]  # nothing follows
         raise TooFewSurvivors(
             f"The secure sum of round {self.plan.round} ended after {stage}: it needs {needed}, {found} are left.",
             "The next attempt begins with fresh keys.",
         )
 
 
-def check_keys(advertised: AdvertisedKeys, site: str, plan: SumPlan) -> None:
-    """Raise BadPeer unless these are keys of this site for this attempt."""
+def check_keys(advertised: AdvertisedKeys, site: str, plan: SumPlan, others: Iterable[AdvertisedKeys] = ()) -> None:
+    """Raise BadPeer unless these are usable keys of this site for this attempt: else all other sites would refuse.
+
+    Args:
+        advertised: what the site answered.
+        site: the site.
+        plan: of the attempt.
+        others: keys of other sites.
+    """
     if advertised.site != site:
         raise BadPeer(f"Expected keys of {site}, found another name.")
-    if len(advertised.share_key) != keys.KEY_BYTES or len(advertised.mask_key) != keys.KEY_BYTES:
-        raise BadPeer(f"Expected keys of {keys.KEY_BYTES} bytes from {site}.")
+    for public in (advertised.share_key, advertised.mask_key):
+        keys.agree(_PROBE, public)
+    if any({advertised.share_key, advertised.mask_key} & {other.share_key, other.mask_key} for other in others):
+        raise BadPeer(f"Expected keys of its own from {site}, found those of another site.")
     keys.check_advertised(advertised, plan.attempt, plan.identities[site])

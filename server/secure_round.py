@@ -61,13 +61,14 @@ class SecureRounds:
         secure_sum, self._keys, self._succeeded = SecureSum(plan, self._keys), {}, False
         try:
             self._share_keys(secure_sum, refusals)
-            before_training(secure_sum.sharers)
-            self._masked_input(secure_sum, state, refusals)
+            self._masked_input(secure_sum, state, before_training, refusals)
             self._confirm_survivors(secure_sum, refusals)
             self._unmask(secure_sum, state, refusals)
             total = secure_sum.result()
         except ProtocolError as error:
             logger.warning("round %d: %s", plan.round, error)
+            # Keys of the next attempt may be out and lost, and no site serves a number twice: begin with the one after.
+            self._last_attempt, self._keys = self._last_attempt + 1, {}
             return RoundOutcome(None, secure_sum.survivors, refusals, str(error))
         self._succeeded = True
         return RoundOutcome(AggregateUpdate(total, secure_sum.survivors), secure_sum.survivors, refusals)
@@ -83,13 +84,23 @@ class SecureRounds:
         requests = secure_sum.share_keys_requests()
         self._exchange(secure_sum.plan, "share_keys", requests, {SealedShares: secure_sum.take_sealed_shares}, refusals)
 
-    def _masked_input(self, secure_sum: SecureSum, state: GanState, refusals: dict[str, str]) -> None:
+    def _masked_input(
+        self,
+        secure_sum: SecureSum,
+        state: GanState,
+        before_training: Callable[[tuple[str, ...]], None],
+        refusals: dict[str, str],
+    ) -> None:
         plan = secure_sum.plan
         train = TrainRequest(self._study.digest, plan.round, state.generator, state.discriminator)
-        requests: dict[str, Request] = dict(secure_sum.masked_input_requests(train))
+        training = secure_sum.masked_input_requests(train)
+        before_training(secure_sum.sharers)
         following = self._plan(state, plan.attempt.number + 1)
-        for name in set(self._nodes) - set(self._keys) - set(requests):  # back for the next attempt?
-            requests[name] = AdvertiseKeysRequest(following.attempt.study_digest, following.attempt.number)
+        back = AdvertiseKeysRequest(following.attempt.study_digest, following.attempt.number)
+        away = sorted(
+            set(self._nodes) - set(self._keys) - set(training)
+        )  # back for the next attempt? Asked first: quick
+        requests: dict[str, Request] = {**dict.fromkeys(away, back), **training}
         takers: dict[type, Callable[[str, Any], None]] = {
             MaskedInput: secure_sum.take_masked_input,
             AdvertisedKeys: self._taker(following),
@@ -154,7 +165,7 @@ class SecureRounds:
 
     def _taker(self, plan: SumPlan) -> Callable[[str, AdvertisedKeys], None]:
         def take(name: str, advertised: AdvertisedKeys) -> None:
-            check_keys(advertised, name, plan)
+            check_keys(advertised, name, plan, self._keys.values())
             self._keys[name] = advertised
 
         return take

@@ -119,7 +119,7 @@ def agree(private: bytes, public: bytes) -> bytes:
     try:
         return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
-        raise BadPeer("Expected an X25519 public key, found a degenerate one.") from None
+        raise BadPeer("Expected an X25519 public key, found one of another length or of small order.") from None
 
 
 def public_half(private: bytes) -> bytes:

@@ -12,9 +12,9 @@ from client.data.inventory import take_inventory
 from client.identity import load_member
 from client.round_file import last_attempt
 from client.settings import SiteSettings
-from client.training import SiteStudy
+from client.training import STATE_FILE, SiteStudy
 from common.config import StudyConfig
-from common.errors import SiteError
+from common.errors import PrivacyError, SiteError
 from common.files import locked, write_atomically
 from common.messages import Enrolment
 from common.privacy.plan import check_delta
@@ -24,6 +24,7 @@ CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json
 PREPARED, PREPARED_LINK = "prepared", "prepared.json"
 TRAINING, HELD_OUT = "training", "held_out"
 CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
+DATA_SETTINGS = {"name", "data", "record_is_patient", "patients"}  # what changes the prepared images
 DataCheck = dict[str, Any]
 
 
@@ -33,7 +34,7 @@ def enrol(settings: SiteSettings, study: StudyConfig) -> Enrolment:
     Raises:
         SiteError: the data are refused as a whole, there are fewer patients than the study's minimum, or the site's
             key and roster do not fit.
-        PrivacyError: the study's delta is too large for this site.
+        PrivacyError: the study's delta is too large for this site, or what it has spent is lost.
         ConfigError: the study has no contract with this site.
     """
     study.contracted_split(settings.name)
@@ -46,15 +47,17 @@ def enrol(settings: SiteSettings, study: StudyConfig) -> Enrolment:
     )
     folder = settings.study_folder(study.digest)
     commitment = cohort.commitment(cohort.holdout_key(settings.folder))
-    history = SiteAccountant(folder, study.digest).history
+    accountant = SiteAccountant(folder, study.digest)
+    if study.privacy.enabled and (folder / STATE_FILE).exists() and not accountant.exists:
+        raise PrivacyError(f"{folder} has a trained state but no accountant.", "Restore the accountant's file.")
     if study.federation.aggregation == "plain":
-        return Enrolment(settings.name, commitment, settings.record_is_patient, history)
+        return Enrolment(settings.name, commitment, settings.record_is_patient, accountant.history)
     member = load_member(settings)
     return Enrolment(
         settings.name,
         commitment,
         settings.record_is_patient,
-        history,
+        accountant.history,
         last_attempt(folder),
         member.identity.public_key().public_bytes_raw().hex(),
         member.roster.digest,
@@ -165,7 +168,7 @@ def _read_json(path: Path) -> DataCheck:
 def _fingerprint(settings: SiteSettings, study: StudyConfig, commitment: str) -> str:
     """Changes when a file, the settings, the hold-out key or what the study wants of an image changes."""
     digest = hashlib.sha256(f"{CHECKS_VERSION}\0{commitment}\0".encode())
-    for fact in (settings.model_dump_json(exclude={"device", "folder"}), study.image.model_dump_json()):
+    for fact in (settings.model_dump_json(include=DATA_SETTINGS), study.image.model_dump_json()):
         digest.update(fact.encode() + b"\0")
     for path in sorted(settings.data.rglob("*")) if settings.data.is_dir() else ():
         if path.is_file():

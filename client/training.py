@@ -85,9 +85,12 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     saved = _load_state(at.folder)
     if saved is not None and plan is not None and not accountant.exists:
         raise PrivacyError(f"{at.folder} has a trained state but no accountant.", "Restore the accountant's file.")
+    left = updates.read(at.folder).left  # before anything is charged: a damaged file refuses
+    if saved is not None and not (at.folder / updates.FILE_NAME).exists():
+        raise PrivacyError(f"{at.folder} has a trained state but no {updates.FILE_NAME}.", "Restore that file.")
 
     source = request.digest
-    same = saved is not None and saved["source"] == source and updates.read(at.folder).left != source
+    same = saved is not None and saved["source"] == source and left != source
     if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
         return _weighted(at, request.round, saved["generator"].numpy(), saved["discriminator"].numpy())

@@ -39,9 +39,12 @@ def read(folder: Path) -> Updates:
         return Updates()
     try:
         content = json.loads(path.read_bytes())
-        return Updates(str(content["made"]), str(content["left"]))
+        found: Updates | None = Updates(content["made"], content["left"])
     except (ValueError, KeyError, TypeError):
-        raise SiteError(f"{path} is damaged.", "Restore it: without it an update could leave twice.") from None
+        found = None
+    if found is None or not (isinstance(found.made, str) and isinstance(found.left, str)):
+        raise SiteError(f"{path} is damaged.", "Restore it: without it an update could leave twice.")
+    return found
 
 
 def note_made(folder: Path, request: str) -> None:

@@ -85,9 +85,13 @@ class LocalGrid(Grid):
         # Private to Flower: without it no message can be made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
-    def close(self) -> None:
-        """Stop the sites between two steps and wait until they have."""
+    def stop(self) -> None:
+        """Tell the sites to stop between two steps."""
         self._stopping.set()
+
+    def close(self) -> None:
+        """Stop the sites and wait until they have."""
+        self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def set_run(self, run: Run) -> None:

@@ -2,10 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from client.identity import pin_roster, simulated_roster
 from client.log import site_log
@@ -173,7 +176,26 @@ def _run(study: StudyConfig, out: Path, device: str, *, resume: bool, bars: Prog
     )
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
     try:
-        with progress.listening(bars.warm_start_stepped):
+        with progress.listening(bars.warm_start_stepped), _stopped_by_ctrl_c(grid):
             server.app.app(grid, context)
     finally:
         grid.close()
+
+
+@contextmanager
+def _stopped_by_ctrl_c(grid: LocalGrid) -> Iterator[None]:
+    """Ctrl-C stops the sites at once, and not when the server has written its record: what they finish until then
+    leaves masked and could never be sent again."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        grid.stop()
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

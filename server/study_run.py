@@ -4,7 +4,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +178,7 @@ def _enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPl
     # A resumed run asks all sites of the contract anew; those refused in preparation are not in it.
     run.refused_sites = {name: code for name, code in run.refused_sites.items() if name not in contract}
     run.refused_nodes = []
-    roster = _common_roster(answers.values())
+    roster = _common_roster(contract, answers.values())
     for node, reply in sorted(answers.items()):
         if isinstance(reply, Refusal):
             run.refused_nodes.append(reply.code)
@@ -213,9 +213,10 @@ def _has_identity(study: StudyConfig, reply: Enrolment) -> bool:
     return study.federation.aggregation == "plain" or re.fullmatch("[0-9a-f]{64}", reply.identity) is not None
 
 
-def _common_roster(replies: Iterable[Reply]) -> str:
+def _common_roster(contract: Collection[str], replies: Iterable[Reply]) -> str:
     """The digest of the roster that most sites have pinned; a site with another one could not verify the rest."""
-    digests = Counter(reply.roster_digest for reply in replies if isinstance(reply, Enrolment))
+    pinned = {reply.site: reply.roster_digest for reply in replies if isinstance(reply, Enrolment)}
+    digests = Counter(digest for site, digest in pinned.items() if site in contract)
     return min(digests, key=lambda digest: (-digests[digest], digest), default="")
 
 

@@ -1,5 +1,7 @@
 """MNIST, one site, one record a patient: how well a classifier does on real digits when it saw synthetic ones only.
 
+One site has nobody to add its update to, so aggregation is plain.
+
     python -m deploy.bench.mnist MNIST.npz --epsilon 10 --out DIR      (--epsilon 0: without privacy)
 
 MNIST.npz holds x_train, y_train, x_test, y_test. The whole product runs: pictures are written to a folder, ``synthward
@@ -45,6 +47,8 @@ enabled = false
 sampling_probability = 0.00133
 images_per_patient = 1
 [federation]
+aggregation = "plain"
+minimum_sites = 1
 rounds = 20
 local_steps = 400
 """
@@ -59,6 +63,8 @@ delta = 1e-6
 sampling_probability = 0.008
 images_per_patient = 1
 [federation]
+aggregation = "plain"
+minimum_sites = 1
 rounds = 20
 local_steps = 100
 """

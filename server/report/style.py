@@ -41,12 +41,12 @@ pre { background: var(--panel); padding: 14px; border-radius: 8px; white-space: 
 .banner.bad strong { font-size: 1.7rem; letter-spacing: .05em; }
 .banner.warn { background: #ffc33d; color: #241a00; border-color: #a76c00; }
 .banner.error { background: var(--bad-back); color: var(--bad); border-color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 20px 0 0;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 20px 0 0;
     padding: 0; }
 .card { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .card dt { color: var(--soft); font-size: .875rem; }
 .card dd { margin: 0; font-size: .875rem; }
-.card dd.big { font-size: 1.45rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.card dd.big { font-size: 1.3rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 26px 32px;
     align-items: start; }
 .two > * { min-width: 0; }

@@ -58,6 +58,10 @@ protected less than the figures below say.</p></div>
 {% elif record_sites %}<dd class="big over">one record</dd>
 <dd>at {{ record_sites | length }} of {{ run.sites | length }} sites</dd>
 {% else %}<dd class="big">one patient</dd><dd>all of their images at a site</dd>{% endif %}</div>
+<div class="card"><dt>The coordinator saw</dt>
+{% if run.aggregation == "secure" %}<dd class="big">sums only</dd><dd>never one site's update</dd>
+{% elif run.aggregation == "plain" %}<dd class="big over">each site's update</dd><dd>aggregation = "plain"</dd>
+{% else %}<dd class="big over">not known</dd><dd>aggregation = "{{ run.aggregation }}"</dd>{% endif %}</div>
 <div class="card"><dt>Rounds</dt><dd class="big">{{ run.rounds_completed }} of {{ study.federation.rounds }}</dd>
 <dd>{{ study.federation.local_steps }} steps each at a site</dd></div>
 <div class="card"><dt>Sites</dt><dd class="big">{{ run.sites | length }}</dd>
@@ -101,12 +105,9 @@ steps of all rounds</td></tr>
 patient at each step</td></tr>
 <tr><th scope="row">Steps of a site</th><td>{{ study.total_steps }} planned ({{ study.federation.rounds }} rounds of
 {{ study.federation.local_steps }})</td></tr>
-<tr><th scope="row">Aggregation</th><td>{% if run.aggregation == "plain" %}<b>Plain</b>: the coordinator sees every
-site's own update. Each update is clipped and noised at the site before it leaves, so the guarantee holds against the
-coordinator too{% else %}{{ run.aggregation }}{% endif %}</td></tr>
 <tr><th scope="row">Accounting</th><td>PRV, an upper bound (where a figure says RDP, a looser one). A site charges its
-steps before it takes them, so a crash can
-over-count and never under-count</td></tr>
+steps before it takes them, and the coordinator's record charges a planned round whenever a site is asked to train: a
+crash can over-count and never under-count</td></tr>
 </tbody></table></div>
 <div class="panel"><h3>What is not protected</h3><ul class="plain">
 <li>That a site takes part, and its contracted number of patients.</li>
@@ -126,6 +127,31 @@ patients.</p>
 </section>
 """
 
+_COMBINED = """
+<section aria-labelledby="combined"><h2 id="combined">How the sites' updates were combined</h2>
+{% if run.aggregation == "secure" %}
+<p><b>Secure aggregation: the coordinator saw only sums.</b> Each site masked its update before it left. The masks fall
+away only from the sum over at least {{ study.federation.minimum_sites }} sites, so the coordinator learned that sum
+and no one site's own update.</p>
+<p>{% if run.private %}The guarantee above does not rest on this: each update was clipped and noised at its site before
+it was masked.{% else %}<span class="over">The sums themselves have no protection: what they show of patients, they
+show.</span>{% endif %}
+{% if run.sites | length == 2 %}With two sites, either of them can subtract its own update from the sum and so learn
+the other's; the coordinator cannot.{% endif %}</p>
+{% elif run.aggregation == "plain" %}
+<p><b class="over">Plain (aggregation = "plain"): the coordinator saw each site's own update.</b>
+{% if run.private %}Each update was clipped and noised at its site before it left, so the guarantee above holds against
+the coordinator too; but nothing hid which update was whose.{% else %}Without privacy and without masks, nothing kept
+the coordinator from reading patients' data out of them.{% endif %}</p>
+{% else %}
+<p class="over">Recorded as aggregation = "{{ run.aggregation }}", which this report does not know.</p>
+{% endif %}
+{% if checks %}
+<p>This run was a simulation: whoever has the machine it ran on can read the sites' images and all else there.</p>
+{% endif %}
+</section>
+"""
+
 _SITES = """
 <section aria-labelledby="sites"><h2 id="sites">Sites</h2>
 {% if run.sites %}
@@ -133,8 +159,7 @@ _SITES = """
 <table class="wide"><caption>Patients are the contracted, public numbers. ε is rounded up.</caption>
 <thead><tr><th scope="col">Site</th><th scope="col">ε at δ (accountant)</th><th scope="col">Charged</th>
 <th scope="col">Rounds taken part</th><th scope="col" class="n">Patients<br>trained on</th>
-<th scope="col" class="n">Patients<br>held out</th><th scope="col">Refusals</th>
-<th scope="col" class="n">Time</th></tr></thead>
+<th scope="col" class="n">Patients<br>held out</th><th scope="col">Refusals</th></tr></thead>
 <tbody>
 {% for site in run.sites %}
 <tr><th scope="row">{{ site.name }}{% if site.record_is_patient %} <span class="over">(unit: record)</span>{% endif
@@ -148,8 +173,7 @@ _SITES = """
 {%- if missed[site.name] %}; missed {{ missed[site.name] | rounds }}{% endif %}</td>
 <td class="n">{{ site.patients_trained }}</td><td class="n">{{ site.patients_held_out }}</td>
 <td>{% for code, count in site.refusals | dictsort %}{{ count }} × <code>{{ code }}</code>, {{ code | code_words }}
-{%- if not loop.last %}<br>{% endif %}{% else %}none{% endfor %}</td>
-<td class="n">{{ site.seconds | seconds }}</td></tr>
+{%- if not loop.last %}<br>{% endif %}{% else %}none{% endfor %}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% else %}
@@ -176,8 +200,9 @@ _ROUNDS = """
 <figure class="chart"><h3>Privacy spent</h3>
 {% if epsilon_chart %}
 {{ epsilon_chart | safe }}
-<figcaption>Computed from the mechanisms each site charged. For a round
-that a site missed it shows what the coordinator last heard; the last point is the site's final figure.</figcaption>
+<figcaption>Computed from what each site is charged: a planned round each time it is asked to train. A round
+that a site missed adds nothing until the next one it took part in; the last point is the site's final
+figure.</figcaption>
 <details><summary>Figures</summary>
 <div class="scroll" tabindex="0" role="region" aria-label="Epsilon over rounds"><table>
 <thead><tr><th scope="col">Site</th>{% for round, _ in curves[0][1] %}<th scope="col" class="n">{{ round }}</th>
@@ -329,4 +354,4 @@ _ABOUT = """
 </html>
 """
 
-PAGE = (_HEAD + _GUARANTEE + _SITES + _ROUNDS + _SAMPLES + _DATA + _TIMINGS + _ABOUT).lstrip()
+PAGE = (_HEAD + _GUARANTEE + _COMBINED + _SITES + _ROUNDS + _SAMPLES + _DATA + _TIMINGS + _ABOUT).lstrip()

@@ -1,14 +1,17 @@
 """The study file: what is refused and how, what the digest covers, and that every way of carrying it keeps it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import HealthCheck, given, settings
 from pydantic import ValidationError
 
 from common.config import StudyConfig, holdout_share, start_size
 from common.errors import ConfigError
+from common.secagg.encoding import Encoding
 from tests.strategies import SIZES, studies
 
 MARKER = "Zebra-4711"
@@ -60,6 +63,7 @@ def test_exactly_the_listed_sizes_are_allowed() -> None:
         ("[gan]\nlosss = 'hinge'", "gan.losss"),
         ("[image]\nsizes = 64", "image.sizes"),
         ("[performance]\nthreads = 1", "performance.threads"),
+        ("[secure_aggregation]\nthreshold = 2", "secure_aggregation.threshold"),
         ("[noise]\nseed = 1", "noise"),
     ],
 )
@@ -124,6 +128,16 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
         {"federation": {"contracted_patients": "a=1,a=2"}},
         {"federation": {"contracted_patients": "a"}},
         {"federation": {"algorithm": "joint"}},
+        {"federation": {"aggregation": "masked"}},
+        {"federation": {"minimum_sites": 0}},
+        {"secure_aggregation": {"value_range": 0}},
+        {"secure_aggregation": {"value_range": float("inf")}},
+        {"secure_aggregation": {"value_range": 1e7}},
+        {"secure_aggregation": {"fraction_bits": 0}},
+        {"secure_aggregation": {"fraction_bits": 31}},
+        {"secure_aggregation": {"modulus_bits": 20}},
+        {"secure_aggregation": {"modulus_bits": 64}},
+        {"secure_aggregation": {"stage_timeout_seconds": 0}},
         {"image": {"channels": 3}},
         {"gan": {"discriminator_normalization": "batch"}},
         {"performance": {"max_images_at_once": 0}},
@@ -184,6 +198,13 @@ def test_a_study_is_frozen() -> None:
         ("privacy", {"clip_norm": 2.0}),
         ("federation", {"rounds": 11}),
         ("federation", {"contracted_patients": {"a": 30}}),
+        ("federation", {"aggregation": "plain"}),
+        ("federation", {"weights": "contracted"}),
+        ("federation", {"minimum_sites": 3}),
+        ("secure_aggregation", {"value_range": 2.0}),
+        ("secure_aggregation", {"fraction_bits": 12}),
+        ("secure_aggregation", {"modulus_bits": 32}),
+        ("secure_aggregation", {"stage_timeout_seconds": 60.0}),
     ],
 )
 def test_the_digest_covers_the_guarantee(part: str, changes: dict[str, Any]) -> None:
@@ -278,6 +299,77 @@ def test_the_share_of_the_split_is_the_one_that_sites_use() -> None:
     assert [holdout_share(n) for n in (1, 149, 150, 9999)] == [at_site(n) for n in (1, 149, 150, 9999)]
 
 
+# ---------------------------------------------------------------- secure aggregation
+
+
+def test_a_study_that_says_nothing_sums_securely() -> None:
+    study = study_of()
+    assert study.federation.aggregation == "secure"
+    assert study.federation.minimum_sites == 2
+    assert study.secure_aggregation.encoding == Encoding(value_range=1.0, fraction_bits=15, modulus_bits=24)
+
+
+def test_a_secure_sum_needs_two_sites() -> None:
+    with pytest.raises(ConfigError, match=r"federation\.minimum_sites must be at least 2 with secure aggregation"):
+        study_of().with_changes("federation", minimum_sites=1)
+    plain = study_of().with_changes("federation", minimum_sites=1, aggregation="plain")
+    with pytest.raises(ConfigError, match="minimum_sites must be at least 2"):
+        plain.with_changes("federation", aggregation="secure")
+
+
+@pytest.mark.parametrize(
+    ("table", "sites", "change"),
+    [
+        # 2^23 - 1 over 2^15 leaves room for 255 sites of range 1 and for 31 of range 8; over 2^22, for one.
+        ({}, 256, "modulus_bits=24 cannot hold 256 sites at value_range=1, fraction_bits=15; use 32"),
+        ({"value_range": 8.0}, 32, "modulus_bits=24 cannot hold 32 sites at value_range=8, fraction_bits=15; use 32"),
+        ({"fraction_bits": 22}, 2, "modulus_bits=24 cannot hold 2 sites at value_range=1, fraction_bits=22; use 32"),
+        ({"modulus_bits": 16, "fraction_bits": 10}, 32, "modulus_bits=16 cannot hold 32 sites"),
+        (
+            {"modulus_bits": 32, "fraction_bits": 30},
+            2,
+            "cannot hold 2 sites at value_range=1, fraction_bits=30; lower fraction_bits or value_range",
+        ),
+    ],
+)
+def test_a_sum_that_could_wrap_is_refused_with_the_number_to_change(
+    table: dict[str, Any], sites: int, change: str, tmp_path: Path
+) -> None:
+    contract = {f"site-{number}": 40 for number in range(sites)}
+    study = {"federation": {"contracted_patients": contract}, "secure_aggregation": table}
+    with pytest.raises(ConfigError, match=re.escape(change)):
+        StudyConfig.from_toml(write(tmp_path, tomli_w.dumps(study)))
+    study["federation"]["aggregation"] = "plain"  # nothing is encoded
+    StudyConfig.from_toml(write(tmp_path, tomli_w.dumps(study)))
+
+
+def test_the_largest_cohort_that_cannot_wrap_is_allowed() -> None:
+    contract = {f"site-{number}": 40 for number in range(255)}
+    assert study_of(federation={"contracted_patients": contract}).secure_aggregation.encoding.most_sites == 255
+
+
+def test_sites_that_have_no_contract_yet_count_by_their_minimum() -> None:
+    with pytest.raises(ValidationError, match="cannot hold 300 sites"):
+        study_of(federation={"minimum_sites": 300})
+
+
+def test_weights_by_hand() -> None:
+    contract = {"a": 25, "b": 75, "c": 50}
+    equal = study_of(federation={"contracted_patients": contract})
+    assert [equal.site_weight(site) for site in "abc"] == [1.0, 1.0, 1.0]
+    study = equal.with_changes("federation", weights="contracted")
+    assert [study.site_weight(site) for site in "abc"] == [25 / 75, 1.0, 50 / 75]  # held-out patients count, too
+    with pytest.raises(ConfigError, match="contracted number of patients for site 'e'"):
+        study.site_weight("e")
+
+
+@given(studies())
+def test_no_weight_takes_an_update_out_of_the_value_range(study: StudyConfig) -> None:
+    weights = [study.site_weight(site) for site in study.federation.contracted_patients]
+    assert all(0 < weight <= 1 for weight in weights)
+    assert not weights or max(weights) == 1
+
+
 def test_total_steps() -> None:
     assert study_of(federation={"rounds": 7, "local_steps": 5}).total_steps == 35
 
@@ -285,4 +377,6 @@ def test_total_steps() -> None:
 @pytest.mark.parametrize("name", ["brain-t1", "chest-xray", "phantom"])
 def test_the_examples_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "deploy" / "examples" / f"{name}.toml"
-    assert StudyConfig.from_toml(path).privacy.enabled
+    study = StudyConfig.from_toml(path)
+    assert study.privacy.enabled
+    assert study.federation.aggregation == "secure"

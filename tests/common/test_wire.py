@@ -3,30 +3,37 @@
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
 from common import wire
 from common.errors import BadPeer
-from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request, TrainRequest
-from common.privacy.accounting import Mechanism
-from tests.strategies import histories, site_names, vectors
-
-texts = st.text(max_size=100)
-rounds = st.integers(0, 2**40)
-messages: st.SearchStrategy[Request | Reply] = st.one_of(
-    st.builds(EnrolRequest, texts),
-    st.builds(Enrolment, site_names, texts, st.booleans()),
-    st.builds(TrainRequest, texts, rounds, vectors, vectors),
-    st.builds(LocalUpdate, rounds, vectors, vectors, histories),
-    st.builds(Refusal, texts),
+from common.messages import (
+    AdvertiseKeysRequest,
+    Confirmation,
+    ConfirmSurvivorsRequest,
+    Enrolment,
+    EnrolRequest,
+    LocalUpdate,
+    MaskedInput,
+    MaskedInputRequest,
+    Refusal,
+    Reply,
+    Request,
+    SealedShares,
+    ShareKeysRequest,
+    TrainRequest,
+    UnmaskRequest,
+    UnmaskShares,
 )
+from common.privacy.accounting import Mechanism
+from common.secagg.keys import AdvertisedKeys
+from tests.strategies import replies, requests
 
 
 def sent(record: RecordDict) -> RecordDict:
@@ -38,46 +45,90 @@ def assert_same(one: Request | Reply, other: Request | Reply) -> None:
     assert type(one) is type(other)
     for name, value in vars(one).items():
         if isinstance(value, np.ndarray):
-            assert getattr(other, name).dtype == np.float32
+            assert getattr(other, name).dtype == value.dtype
             np.testing.assert_array_equal(getattr(other, name), value)
+        elif isinstance(value, TrainRequest):
+            assert_same(value, getattr(other, name))
         else:
             assert getattr(other, name) == value
 
 
-@given(messages)
+@settings(max_examples=300)
+@given(requests | replies)
 def test_every_message_survives_the_wire(message: Request | Reply) -> None:
     assert_same(wire.unpack(sent(wire.pack(message))), message)
 
 
-def test_actions_name_the_two_handlers() -> None:
-    vector = np.zeros(1, np.float32)
-    assert wire.action(EnrolRequest("d")) == "query.enrol"
-    assert wire.action(TrainRequest("d", 0, vector, vector)) == "train.local_round"
+VECTOR = np.arange(3, dtype=np.float32)
+TRAIN = TrainRequest("d", 1, VECTOR, VECTOR)
+KEYS = AdvertisedKeys("north", b"share", b"mask", b"signature")
+OTHER_KEYS = AdvertisedKeys("south", b"share 2", b"mask 2", b"signature 2")
+NAMED = {"north": b"1", "south": b"2"}
+HISTORY = (Mechanism(0.5, 2.0, 4), Mechanism(1.0, 3.0, 1))
+EACH: dict[str, Request | Reply] = {
+    "enrol_request": EnrolRequest("d"),
+    "enrolment": Enrolment("north", "c", True, HISTORY, 3, "1d", "aa"),
+    "train_request": TRAIN,
+    "local_update": LocalUpdate(1, VECTOR),
+    "advertise_keys_request": AdvertiseKeysRequest("d", 1),
+    "advertised_keys": KEYS,
+    "share_keys_request": ShareKeysRequest("d", 1, (KEYS, OTHER_KEYS)),
+    "sealed_shares": SealedShares(1, NAMED, NAMED, NAMED, b"3"),
+    "masked_input_request": MaskedInputRequest(1, ("north", "south"), NAMED, TRAIN),
+    "masked_input": MaskedInput("d", 1, 1, 3, 24, np.arange(9, dtype=np.uint8)),
+    "confirm_survivors_request": ConfirmSurvivorsRequest("d", 1, ("north", "south")),
+    "confirmation": Confirmation(1, b"s"),
+    "unmask_request": UnmaskRequest("d", 1, NAMED),
+    "unmask_shares": UnmaskShares(1, NAMED, {"west": b"4"}, KEYS),
+    "refusal": Refusal("site"),
+}
+
+
+def test_the_examples_here_are_of_every_kind() -> None:
+    assert {type(message) for message in EACH.values()} == {*get_args(Request), *get_args(Reply)}
+    for kind, message in EACH.items():
+        assert wire.pack(message).config_records["facts"]["kind"] == kind
+        assert_same(wire.unpack(sent(wire.pack(message))), message)
+
+
+def test_actions_name_the_handlers() -> None:
+    assert {type(message): wire.action(message) for message in EACH.values() if isinstance(message, Request)} == {
+        EnrolRequest: "query.enrol",
+        TrainRequest: "train.local_round",
+        AdvertiseKeysRequest: "query.advertise_keys",
+        ShareKeysRequest: "query.share_keys",
+        MaskedInputRequest: "train.masked_input",
+        ConfirmSurvivorsRequest: "query.confirm_survivors",
+        UnmaskRequest: "query.unmask",
+    }
 
 
 def test_a_refusal_carries_its_code_and_nothing_else() -> None:
     record = wire.pack(Refusal("site"))
-    assert dict(record.config_records["facts"]) == {"version": 1, "kind": "refusal", "code": "site"}
+    assert dict(record.config_records["facts"]) == {"version": 2, "kind": "refusal", "code": "site"}
     assert list(record.keys()) == ["facts"]
 
 
 def test_an_update_carries_exactly_its_fields() -> None:
-    vector = np.zeros(2, np.float32)
-    record = wire.pack(LocalUpdate(3, vector, vector, (Mechanism(0.5, 2.0, 4),)))
+    record = wire.pack(LocalUpdate(3, np.zeros(2, np.float32)))
+    assert dict(record.config_records["facts"]) == {"version": 2, "kind": "local_update", "round": 3}
+    assert list(record.array_records["vectors"]) == ["update"]
+
+
+def test_a_masked_update_carries_nothing_that_is_not_masked() -> None:
+    """No history, no counts, no losses: the vector, and what the server asked for."""
+    record = wire.pack(EACH["masked_input"])
     assert dict(record.config_records["facts"]) == {
-        "version": 1,
-        "kind": "local_update",
-        "round": 3,
-        "sampling_probability": [0.5],
-        "noise_multiplier": [2.0],
-        "steps": [4],
+        "version": 2,
+        "kind": "masked_input",
+        "study_digest": "d",
+        "attempt": 1,
+        "round": 1,
+        "length": 3,
+        "modulus_bits": 24,
     }
-    assert sorted(record.array_records["vectors"]) == ["discriminator", "generator"]
-
-
-def update() -> RecordDict:
-    vector = np.arange(3, dtype=np.float32)
-    return wire.pack(LocalUpdate(1, vector, vector, (Mechanism(0.5, 2.0, 4), Mechanism(1.0, 3.0, 1))))
+    assert list(record.array_records["vectors"]) == ["packed"]
+    assert record.array_records["vectors"]["packed"].numpy().nbytes == 9
 
 
 def facts(**changes: Any) -> Callable[[RecordDict], None]:
@@ -123,8 +174,10 @@ def huge() -> bytes:
 
 MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "no version": without("version"),
-    "another version": facts(version=2),
-    "a version of text": facts(version="1"),
+    "the version before": facts(version=1),
+    "the version after": facts(version=3),
+    "a version of text": facts(version="2"),
+    "a fractional version": facts(version=2.0),
     "no kind": without("kind"),
     "an unknown kind": facts(kind="gradients"),
     "a kind that is no text": facts(kind=[1, 2]),
@@ -134,21 +187,6 @@ MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "a fractional round": facts(round=1.5),
     "an infinite round": facts(round=float("inf")),
     "a boolean round": facts(round=True),
-    "no probabilities": without("sampling_probability"),
-    "probabilities of text": facts(sampling_probability=["a", "b"]),
-    "a NaN probability": facts(sampling_probability=[float("nan"), 1.0]),
-    "a probability of 0": facts(sampling_probability=[0.0, 1.0]),
-    "a probability above 1": facts(sampling_probability=[1.1, 1.0]),
-    "one probability too few": facts(sampling_probability=[0.5]),
-    "a NaN noise": facts(noise_multiplier=[float("nan"), 1.0]),
-    "no noise": facts(noise_multiplier=[0.0, 1.0]),
-    "infinite noise": facts(noise_multiplier=[float("inf"), 1.0]),
-    "negative steps": facts(steps=[-4, 1]),
-    "no steps": facts(steps=[0, 1]),
-    "fractional steps": facts(steps=[1.5, 1.0]),
-    "infinite steps": facts(steps=[float("inf"), 1.0]),
-    "steps of text": facts(steps=["4", "1"]),
-    "steps that are no list": facts(steps=5),
     "no facts": lambda record: record.pop("facts"),
     "no vectors": lambda record: record.pop("vectors"),
     "no generator": lambda record: record.array_records["vectors"].pop("generator"),
@@ -165,17 +203,144 @@ MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "a broken zip": generator(raw(b"PK\x03\x04" + bytes(20))),
     "an array larger than memory": generator(raw(huge())),
     "another serialisation": generator(raw(saved(np.zeros(3, np.float32)), stype="pickle")),
+    "vectors that are facts": lambda record: record.__setitem__("vectors", ConfigRecord({"generator": 1})),
+    "facts that are vectors": lambda record: record.__setitem__("facts", ArrayRecord()),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_what_no_honest_peer_sends_is_refused(mutation: str) -> None:
-    record = copy.deepcopy(update())
+    record = copy.deepcopy(wire.pack(TRAIN))
     wire.unpack(record)
     MUTATIONS[mutation](record)
     with pytest.raises(BadPeer) as caught:
         wire.unpack(record)
     assert caught.value.code == "bad_peer"
+
+
+def refused(message: Request | Reply, *changes: Callable[[RecordDict], Any]) -> None:
+    record = copy.deepcopy(wire.pack(message))
+    wire.unpack(record)
+    for change in changes:
+        change(record)
+    with pytest.raises(BadPeer):
+        wire.unpack(sent(record))
+
+
+HISTORIES = {
+    "no probabilities": without("sampling_probability"),
+    "probabilities of text": facts(sampling_probability=["a", "b"]),
+    "a NaN probability": facts(sampling_probability=[float("nan"), 1.0]),
+    "a probability of 0": facts(sampling_probability=[0.0, 1.0]),
+    "a probability above 1": facts(sampling_probability=[1.1, 1.0]),
+    "one probability too few": facts(sampling_probability=[0.5]),
+    "a NaN noise": facts(noise_multiplier=[float("nan"), 1.0]),
+    "no noise": facts(noise_multiplier=[0.0, 1.0]),
+    "infinite noise": facts(noise_multiplier=[float("inf"), 1.0]),
+    "negative steps": facts(steps=[-4, 1]),
+    "no steps": facts(steps=[0, 1]),
+    "fractional steps": facts(steps=[1.5, 1.0]),
+    "infinite steps": facts(steps=[float("inf"), 1.0]),
+    "steps of text": facts(steps=["4", "1"]),
+    "steps that are no list": facts(steps=5),
+}
+
+
+@pytest.mark.parametrize("case", HISTORIES)
+def test_a_history_that_is_none_is_refused(case: str) -> None:
+    refused(EACH["enrolment"], HISTORIES[case])
+
+
+ALL_FACTS = [(kind, key) for kind, message in EACH.items() for key in dict(wire.pack(message).config_records["facts"])]
+ALL_VECTORS = [
+    (kind, key)
+    for kind, message in EACH.items()
+    if "vectors" in wire.pack(message)
+    for key in wire.pack(message).array_records["vectors"]
+]
+
+
+@pytest.mark.parametrize(("kind", "key"), ALL_FACTS)
+def test_no_fact_of_a_message_may_be_missing(kind: str, key: str) -> None:
+    refused(EACH[kind], without(key))
+
+
+@pytest.mark.parametrize(("kind", "key"), ALL_VECTORS)
+def test_no_vector_of_a_message_may_be_missing(kind: str, key: str) -> None:
+    refused(EACH[kind], lambda record: record.array_records["vectors"].pop(key))
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_nothing_may_be_added_to_a_message(kind: str) -> None:
+    """A server cannot make a site read past a fact, nor a site tell more than the protocol says."""
+    extra = {"extra": Array(np.zeros(1, np.float32))}
+
+    def add_vector(record: RecordDict) -> None:
+        record["vectors"] = ArrayRecord({**record.array_records.get("vectors", {}), **extra})
+
+    refused(EACH[kind], facts(num_patients=17))
+    refused(EACH[kind], add_vector)
+    refused(EACH[kind], lambda record: record.__setitem__("more", ConfigRecord({"loss": 0.5})))
+    refused(EACH[kind], lambda record: record.__setitem__("more", ArrayRecord(extra)))
+    refused(EACH[kind], lambda record: record.__setitem__("more", MetricRecord({"loss": 0.5})))
+
+
+def wrong(value: object) -> list[Any]:
+    """Values of other types than this one, and too large ones of its own."""
+    match value:
+        case bool():
+            return [0, "yes", b"1", 1.0]
+        case int():
+            return ["1", 1.5, True, -1, [1], b"1"]
+        case str():
+            return [b"a", 1, True, ["a"], "x" * 257]
+        case bytes():
+            return ["a", 1, b"x" * (wire.MOST_BYTES + 1), [b"a"]]
+        case [first, *_]:
+            other: list[Any] = [1.0, 2.0] if not isinstance(first, float) else ["a", "b"]
+            too_large = {str: ["x" * 257] * len(value), bytes: [b"x" * (wire.MOST_BYTES + 1)] * len(value)}
+            longer = [[*value, first]] if len(value) > 1 else []
+            return [first, other[: len(value)], *longer, *filter(None, [too_large.get(type(first))])]
+    raise AssertionError(value)
+
+
+@pytest.mark.parametrize(("kind", "key"), ALL_FACTS)
+def test_facts_of_another_type_or_too_large_are_refused(kind: str, key: str) -> None:
+    value = wire.pack(EACH[kind]).config_records["facts"][key]
+    lone = key in ("sharers", "survivors")  # a list of its own may be longer
+    for each in wrong(value)[: 2 if lone else None]:
+        refused(EACH[kind], facts(**{key: each}))
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, key in ALL_FACTS if key.endswith("_names")])
+def test_a_name_twice_is_refused(kind: str, key: str) -> None:
+    """Of two shares for one site, the reader would take one and the sender mean the other."""
+    column, name = key.removesuffix("_names"), "north"
+    refused(EACH[kind], facts(**{key: [name, name], column: [b"1", b"2"]}))
+    refused(EACH[kind], facts(**{key: [name, name], column: [b"1", b"1"]}))
+
+
+@pytest.mark.parametrize(("kind", "key"), ALL_VECTORS)
+def test_vectors_of_another_type_or_shape_are_refused(kind: str, key: str) -> None:
+    dtype = wire.pack(EACH[kind]).array_records["vectors"][key].numpy().dtype
+    for array in (np.zeros((3, 1), dtype), np.array(1, dtype), np.zeros(3, np.int32), np.zeros(3, np.float64)):
+        refused(EACH[kind], lambda record, a=array: record.array_records["vectors"].__setitem__(key, Array(a)))
+    swapped = np.zeros(3, np.uint8 if dtype == np.float32 else np.float32)
+    refused(EACH[kind], lambda record: record.array_records["vectors"].__setitem__(key, Array(swapped)))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_keys_are_advertised_by_one_site_at_a_time(number: int) -> None:
+    columns = ("key_sites", "share_keys", "mask_keys_public", "key_signatures")
+    found = wire.pack(EACH["share_keys_request"]).config_records["facts"]
+    refused(EACH["advertised_keys"], facts(**{column: found[column][:number] for column in columns}))
+    if number:
+        refused(EACH["unmask_shares"], facts(**{column: found[column] for column in columns}))
+
+
+def test_as_many_bytes_as_a_key_may_have_pass() -> None:
+    message = Confirmation(1, b"x" * wire.MOST_BYTES)
+    assert wire.unpack(sent(wire.pack(message))) == message
 
 
 @pytest.mark.parametrize(

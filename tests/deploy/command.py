@@ -33,6 +33,11 @@ minimum_sites = 2
 minimum_patients = 20
 """
 
+PLAIN: dict[str, Any] = {"federation__aggregation": "plain"}
+"""Changes of a study whose sites send their updates as they are."""
+ONE_SITE: dict[str, Any] = {**PLAIN, "federation__minimum_sites": 1}
+"""Changes of a study that goes on when only one site is left; a secure sum needs two."""
+
 
 @dataclass(frozen=True)
 class Result:

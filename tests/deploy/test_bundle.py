@@ -40,6 +40,10 @@ def test_it_holds_the_rooms_the_licence_and_the_description(bundle: zipfile.ZipF
     code = {path.relative_to(REPOSITORY).as_posix() for room in ROOMS for path in (REPOSITORY / room).rglob("*.py")}
     found = {name for name in bundle.namelist() if not name.startswith(".info/")}
     assert found == code | {"LICENSE", "pyproject.toml"}
+    secure = ("encoding", "keys", "masks", "neighbours", "roster", "shares")
+    assert {f"common/secagg/{name}.py" for name in secure} <= found
+    assert {f"client/{name}.py" for name in ("identity", "round_file", "secagg", "secure_round", "updates")} <= found
+    assert {f"server/{name}.py" for name in ("secagg", "secure_round")} <= found
     assert {name for name in bundle.namelist() if name.startswith(".info/")} <= {".info/CONTENT"}
 
 
@@ -95,6 +99,80 @@ def test_protocol_handlers_start_without_torch(bundle: zipfile.ZipFile, tmp_path
     code = "import sys; sys.path.insert(0, '.'); import client.app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+SECURE_SUM = """
+import sys
+sys.path.insert(0, ".")
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import app, secure_round
+from client.identity import load_member, pin_roster, simulated_roster
+from client.settings import SiteSettings
+from common import wire
+from common.config import StudyConfig
+from common.messages import AdvertiseKeysRequest, LocalUpdate, TrainRequest
+from common.secagg.keys import Attempt
+from server.secagg import SecureSum, SumPlan, check_keys
+
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+names = ("north", "south")
+study = StudyConfig.model_validate({"federation": {"contracted_patients": dict.fromkeys(names, 40)}})
+folders = {name: Path("sites", name).resolve() for name in names}
+roster = simulated_roster(folders)
+for name, folder in folders.items():
+    pin_roster(SiteSettings(name=name, data=folder / "images", folder=folder), roster)
+
+def ask(name, request):
+    message = Message(wire.pack(request), 1, wire.action(request))
+    message.metadata.__dict__["_message_id"] = "1"
+    context = Context(run_id=1, node_id=1, node_config={"site": str(folders[name])}, state=RecordDict(),
+                      run_config=study.to_run_config())
+    reply = wire.unpack(app.app(message, context).content)
+    handled.append((wire.action(request), type(reply).__name__, "torch" in sys.modules, "opacus" in sys.modules))
+    return reply
+
+def mask(name, request):
+    settings = SiteSettings.load(folders[name])
+    at = secure_round.SecureSite(study, load_member(settings), settings.study_folder(study.digest))
+    return secure_round.masked_input(at, request, lambda train: LocalUpdate(1, np.full(3, 0.25, np.float32)))
+
+handled = []
+plan = SumPlan(Attempt(study.digest, 1), 1, 3, study.secure_aggregation.encoding, 2, roster.digest, roster.sites)
+keys = {name: ask(name, AdvertiseKeysRequest(study.digest, 1)) for name in names}
+for name in names:
+    check_keys(keys[name], name, plan)
+total = SecureSum(plan, keys)
+for name, request in total.share_keys_requests().items():
+    total.take_sealed_shares(name, ask(name, request))
+train = TrainRequest(study.digest, 1, np.zeros(2, np.float32), np.zeros(1, np.float32))
+for name, request in total.masked_input_requests(train).items():
+    total.take_masked_input(name, mask(name, request))
+for name, request in total.confirm_requests().items():
+    total.take_confirmation(name, ask(name, request))
+for name, request in total.unmask_requests().items():
+    total.take_unmask_shares(name, ask(name, request))
+for line in sorted(set(handled)):
+    print(*line)
+print(total.result().round(3), "torch" in sys.modules, "opacus" in sys.modules)
+"""
+
+
+def test_a_whole_secure_sum_but_its_training_needs_no_torch(bundle: zipfile.ZipFile, tmp_path: Path) -> None:
+    bundle.extractall(tmp_path)
+    done = subprocess.run([sys.executable, "-c", SECURE_SUM], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "query.advertise_keys AdvertisedKeys False False",
+        "query.confirm_survivors Confirmation False False",
+        "query.share_keys SealedShares False False",
+        "query.unmask UnmaskShares False False",
+        "[0.5 0.5 0.5] False False",
+    ]
 
 
 def test_the_study_in_the_app_is_the_built_in_one_for_two_sites() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import FederationError
 from deploy import cli
-from tests.deploy.command import synthward, tiny_study
+from tests.deploy.command import ONE_SITE, synthward, tiny_study
 
 COMMANDS = (["data", "phantom"], ["data", "check"], ["simulate"], ["generate"])
 HEAVY = ("torch", "flwr", "pydantic", "numpy", "opacus", "rich", "scipy")
@@ -140,7 +140,7 @@ def test_too_few_patients_is_3_and_says_how_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["--data", "--site"])
 def test_an_absent_data_folder_is_3(source: str, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    study = tiny_study(tmp_path / "s.toml", federation__minimum_sites=1)
+    study = tiny_study(tmp_path / "s.toml", **ONE_SITE)
     path = absent if source == "--data" else f"north={absent}"
     result = synthward("simulate", study, source, path, "--out", tmp_path / "out")
     assert result.status == 3

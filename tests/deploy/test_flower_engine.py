@@ -81,6 +81,7 @@ def test_two_sites_train_through_flower(hospitals: dict[str, Path], tmp_path: Pa
 
     facts = RunRecord.load(out)
     assert (facts.status, facts.rounds_completed, facts.refused_sites) == ("completed", 2, {})
+    assert facts.aggregation == "secure"
     assert [site.name for site in facts.sites] == ["north", "south"]
     for site in facts.sites:
         assert site.rounds == [1, 2]

@@ -21,8 +21,20 @@ from deploy.local_grid import LocalGrid
 from deploy.runs import _kind_of_data
 from server import checkpoints, record
 from server.record import RunRecord
-from tests.deploy.command import Result, synthward, tiny_study
+from tests.deploy.command import ONE_SITE, PLAIN, Result, synthward, tiny_study
 from tests.deploy.conftest import MARK, Run
+
+
+def charged(facts: RunRecord) -> list[int]:
+    """Steps that the record charges each site."""
+    return [accounting.num_steps(record.history(site)) for site in facts.sites]
+
+
+def spent(out: Path) -> list[int]:
+    """Steps in each site's own accountant."""
+    files = sorted(out.glob("sites/*/studies/*/accountant.json"))
+    return [sum(steps for _, _, steps in json.loads(path.read_bytes())["mechanisms"]) for path in files]
+
 
 # ---------------------------------------------------------------- what a run leaves
 
@@ -50,7 +62,7 @@ def test_the_record_holds_what_was_promised(run: Run) -> None:
     assert "one patient" in facts.notice
     assert set(facts.versions) >= {"python", "synthward", "torch", "opacus", "flwr"}
     assert facts.device in ("cpu", "cuda")
-    assert facts.aggregation == "plain"
+    assert facts.aggregation == "secure"
     assert facts.seconds["total"] >= facts.seconds["enrolment"]
     started, finished = datetime.fromisoformat(facts.started), datetime.fromisoformat(facts.finished or "")
     assert timedelta(0) <= finished - started
@@ -60,7 +72,6 @@ def test_the_record_holds_what_was_promised(run: Run) -> None:
         assert site.rounds == [1, 2]
         assert (site.patients_trained, site.patients_held_out) == study.contracted_split(site.name) == (17, 8)
         assert len(site.holdout_commitment) == 64
-        assert site.seconds > 0
         assert not site.record_is_patient
 
 
@@ -122,7 +133,8 @@ def test_no_patient_id_or_file_name_is_outside_the_sites(run: Run, hospitals: di
 def test_no_reply_of_a_site_holds_a_patient_id_or_a_path(run: Run, hospitals: dict[str, Path]) -> None:
     secrets = {MARK} | {patient for path in hospitals.values() for patient in list_patients(path)}
     secrets |= {str(path) for path in hospitals.values()}
-    assert len(run.replies) == 2 + 2 * 2  # enrolment and two rounds, of two sites
+    # Of two sites: enrolment, the first keys, and the four stages of two rounds.
+    assert len(run.replies) == 2 * (1 + 1 + 4 * 2)
     for reply in run.replies:
         assert not reply.has_error()
         content = message_to_proto(reply).SerializeToString() + b"".join(
@@ -167,7 +179,7 @@ def test_data_are_split_by_patient(hospitals: dict[str, Path], tmp_path: Path) -
 def test_phantoms_need_no_data_and_no_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deploy.runs.EXAMPLES", tmp_path)
-    tiny_study(tmp_path / "phantom.toml", federation__minimum_sites=1)
+    tiny_study(tmp_path / "phantom.toml", **ONE_SITE)
     result = synthward("simulate", "--phantom", 20, "--sites", 1, "--rounds", 1, "--seed", 5)
     assert result.status == 0, result.err
     facts = RunRecord.load(tmp_path / "runs" / "tiny")  # the default folder has the study's name
@@ -230,13 +242,16 @@ def test_without_privacy_everything_says_so(hospitals: dict[str, Path], tmp_path
 def simulate_with(
     at: str, damage: Callable[[], None], arguments: tuple[object, ...], patch: pytest.MonkeyPatch
 ) -> Result:
-    """Simulate, and do the damage just before the messages of group ``at`` are handed out."""
+    """Simulate, and do the damage once, just before the messages of group ``at`` are handed out."""
+    groups: list[str] = []
 
     class Sabotaged(LocalGrid):
         def push_messages(self, messages: Iterable[Message]) -> list[str]:
             messages = list(messages)
-            if messages[0].metadata.group_id == at:
+            group = messages[0].metadata.group_id
+            if group == at and at not in groups:
                 damage()
+            groups.append(group)
             return super().push_messages(messages)
 
     with patch.context() as context:
@@ -249,7 +264,7 @@ def test_a_failing_site_leaves_a_code_and_keeps_the_reason(
 ) -> None:
     out = tmp_path / "run"
     north, south = hospitals["north"], hospitals["south"]
-    study = tiny_study(tmp_path / "s.toml", federation__minimum_sites=1)
+    study = tiny_study(tmp_path / "s.toml", **ONE_SITE)
 
     def damage() -> None:
         shutil.rmtree(out / "sites" / "north" / "prepared")
@@ -285,30 +300,39 @@ def test_data_that_are_gone_after_enrolment_do_not_matter(
     assert [site.rounds for site in RunRecord.load(tmp_path / "run").sites] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("aggregation", ["plain", "secure"])
 def test_too_few_survivors_is_4_and_can_be_resumed(
-    hospitals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    aggregation: str, hospitals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    study = tiny_study(tmp_path / "s.toml")
+    # A masked update never leaves twice, so under masks each attempt at a round costs a round of the plan.
+    rounds = {"plain": 2, "secure": 4}[aggregation]
+    study = tiny_study(tmp_path / "s.toml", federation__aggregation=aggregation, federation__rounds=rounds)
     sites = ("--site", f"north={hospitals['north']}", "--site", f"south={hospitals['south']}")
     prepared = out / "sites" / "north" / "prepared"
     result = simulate_with(
         "2", lambda: prepared.rename(tmp_path / "away"), ("simulate", study, *sites, "--out", out), monkeypatch
     )
     assert result.status == 4
-    assert "Round 2 needs updates of at least 2 sites, got 1 (north: site)" in result.err
+    assert {
+        "plain": "Round 2 needs updates of at least 2 sites, got 1. (north: site)",
+        "secure": "The secure sum of round 2 ended after masked_input: it needs 2 sites, 1 are left. The next attempt"
+        " begins with fresh keys. (north: site)",
+    }[aggregation] in result.err
     assert "Traceback" not in result.err
     failed = RunRecord.load(out)
     assert (failed.status, failed.error, failed.rounds_completed) == ("failed", "too_few_survivors", 1)
-    # South's update of round 2 left the site, so it counts although the round did not.
-    assert [accounting.num_steps(record.history(site)) for site in failed.sites] == [3, 6]
+    # South's updates of round 2 left the site, so they count although the round did not.
+    assert charged(failed) == {"plain": [3, 6], "secure": [3, 9]}[aggregation]
+    assert charged(failed) == spent(out)
     assert "Failed: too_few_survivors" in (out / "report.html").read_text()
 
     (tmp_path / "away").rename(prepared)
     assert synthward("simulate", "--resume", out).status == 0
     facts = RunRecord.load(out)
-    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "", 2)
-    assert [accounting.num_steps(record.history(site)) for site in facts.sites] == [6, 6]
+    assert (facts.status, facts.rounds_completed) == ("completed", 2)
+    assert facts.error == {"plain": "", "secure": "budget_exhausted"}[aggregation]
+    assert charged(facts) == spent(out) == {"plain": [6, 6], "secure": [6, 12]}[aggregation]
     assert [site.rounds for site in facts.sites] == [[1, 2], [1, 2]]
 
 
@@ -336,32 +360,43 @@ def test_resuming_a_completed_run_changes_nothing(copied: Path) -> None:
     ]
 
 
-def test_a_repeated_round_is_answered_from_the_state_and_costs_nothing(copied: Path, run: Run) -> None:
+def test_a_repeated_plain_round_is_answered_from_the_state_and_costs_nothing(
+    hospitals: dict[str, Path], tmp_path: Path
+) -> None:
     """As after a kill between the sites' answers and the checkpoint, in the middle of a line of metrics."""
-    (copied / "checkpoints" / "round-0002.pt").unlink()
-    metrics = copied / "metrics.jsonl"
+    out, study = tmp_path / "run", tiny_study(tmp_path / "s.toml", **PLAIN)
+    sites = ("--site", f"north={hospitals['north']}", "--site", f"south={hospitals['south']}")
+    assert synthward("simulate", study, *sites, "--out", out).status == 0
+    first = checkpoints.latest(out / "checkpoints")
+    (out / "checkpoints" / "round-0002.pt").unlink()
+    metrics = out / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-40])
-    assert synthward("simulate", "--resume", copied).status == 0
-    facts = RunRecord.load(copied)
+    assert synthward("simulate", "--resume", out).status == 0
+    facts = RunRecord.load(out)
     assert (facts.status, facts.rounds_completed) == ("completed", 2)
-    assert [accounting.num_steps(record.history(site)) for site in facts.sites] == [6, 6]
+    assert charged(facts) == spent(out) == [6, 6]
     assert [site.rounds for site in facts.sites] == [[1, 2], [1, 2]]
-    assert [line["round"] for line in record.read_metrics(copied)] == [1, 2]
-    again, first = (checkpoints.latest(folder / "checkpoints") for folder in (copied, run.folder))
+    assert [line["round"] for line in record.read_metrics(out)] == [1, 2]
+    again = checkpoints.latest(out / "checkpoints")
     assert again is not None and first is not None
     np.testing.assert_array_equal(again.generator, first.generator)
 
 
-def test_spent_budgets_end_the_run_as_completed(copied: Path) -> None:
-    """As after an interruption in the middle of a round: its steps are charged, its result is lost."""
+@pytest.mark.parametrize("state_is_gone", [True, False])
+def test_spent_budgets_end_the_run_as_completed(state_is_gone: bool, copied: Path) -> None:
+    """As after an interruption in the middle of a round: its steps are charged, its result is lost.
+
+    So it is also when the sites still have their updates: those left masked once, and never leave a second time.
+    """
     (copied / "checkpoints" / "round-0002.pt").unlink()
     for state in copied.glob("sites/*/studies/*/state.pt"):
-        state.unlink()
+        if state_is_gone:
+            state.unlink()
     result = synthward("simulate", "--resume", copied)
     assert result.status == 0, result.err
     facts = RunRecord.load(copied)
     assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "budget_exhausted", 1)
-    assert [accounting.num_steps(record.history(site)) for site in facts.sites] == [6, 6]
+    assert charged(facts) == spent(copied) == [6, 6]
     assert [site.rounds for site in facts.sites] == [[1], [1]]
 
 
@@ -403,4 +438,8 @@ def test_a_lost_accountant_is_never_replaced(copied: Path) -> None:
         accountant.unlink()
     result = synthward("simulate", "--resume", copied)
     assert result.status == 4
-    assert "north: privacy, south: privacy" in result.err
+    # The record knows what they have answered: whoever says that it has spent less is not believed.
+    facts = RunRecord.load(copied)
+    assert facts.refused_sites == {"north": "enrolment_changed", "south": "enrolment_changed", "small": "site"}
+    assert charged(facts) == [6, 6]
+    assert not list(copied.glob("sites/*/studies/*/accountant.json"))

@@ -1,18 +1,22 @@
-"""A channel in memory whose sites answer as a test wants, and a study with two sites for it."""
+"""A channel in memory whose sites answer as a test wants, and a study with two sites for it.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from dataclasses import replace as changed
+The study says ``aggregation = "plain"``: what is asked of a site in a round is then one message.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from common.config import StudyConfig
-from common.messages import Enrolment, EnrolRequest, LocalUpdate, Reply, Request, TrainRequest
+from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request, TrainRequest
+from common.privacy.accounting import History
 from common.privacy.plan import make_plan
-from server.channel import Answer
 
 TRAINED = 0.5
 """What an honest scripted site adds to every weight in a round."""
+WAITED_SECONDS = 0.25
+"""How long every question to scripted sites takes."""
 
 
 def two_sites(**federation: object) -> StudyConfig:
@@ -20,23 +24,35 @@ def two_sites(**federation: object) -> StudyConfig:
     study = StudyConfig(name="pilot").with_changes("image", size=28)
     study = study.with_changes("gan", latent_size=4, generator_width=4, discriminator_width=4)
     study = study.with_changes("privacy", epsilon=8.0, sampling_probability=1.0)
-    contract = {"north": 25, "south": 75}
-    settings = {"rounds": 2, "local_steps": 3, "minimum_sites": 1, "contracted_patients": contract, **federation}
-    return study.with_changes("federation", **settings)
+    settings = {
+        "aggregation": "plain",
+        "rounds": 2,
+        "local_steps": 3,
+        "minimum_sites": 1,
+        "contracted_patients": {"north": 25, "south": 75},
+    }
+    return study.with_changes("federation", **{**settings, **federation})
 
 
-def honest(study: StudyConfig, request: TrainRequest) -> LocalUpdate:
-    """An update that fits, with the history of a site that has trained in every round."""
+def honest(study: StudyConfig, site: str, request: TrainRequest) -> LocalUpdate:
+    """An update that fits, weighted as a site weighs it."""
+    length = len(request.generator) + len(request.discriminator)
+    return LocalUpdate(request.round, np.full(length, TRAINED * study.site_weight(site), np.float32))
+
+
+def planned(study: StudyConfig, steps: int) -> History:
+    """The history of a site that has charged so many of the planned steps."""
     plan = make_plan(study)
-    steps = request.round * study.federation.local_steps
-    history = (changed(plan.mechanism, steps=steps),) if plan else ()
-    generator, discriminator = np.full_like(request.generator, TRAINED), np.full_like(request.discriminator, TRAINED)
-    return LocalUpdate(request.round, generator, discriminator, history)
+    return (replace(plan.mechanism, steps=steps),) if plan is not None and steps > 0 else ()
 
 
 @dataclass
 class Scripted:
-    """Sites by node id; ``enrol`` and ``train`` replace the honest answer of a node."""
+    """Sites by node id; ``enrol`` and ``train`` replace the honest answer of a node.
+
+    ``spent`` is what the sites have charged themselves, by name: an honest one charges a round before it answers, no
+    more than the plan has, and answers the round that it made last again for nothing. It outlives a run.
+    """
 
     study: StudyConfig
     names: tuple[str, ...] = ("north", "south")
@@ -45,17 +61,35 @@ class Scripted:
     asked: list[str] = field(default_factory=list)
     timeouts: list[float] = field(default_factory=list)
     before: Callable[[str], None] = lambda group: None
+    spent: dict[str, int] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+    waited_seconds: float = 0.0
 
     def nodes(self, minimum: int, wanted: int, timeout_seconds: float) -> tuple[int, ...]:
         return tuple(range(2, 2 + len(self.names)))
 
-    def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> dict[int, Answer]:
+    def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> Iterator[tuple[int, Reply]]:
         self.asked.append(group)
         self.timeouts.append(timeout_seconds)
         self.before(group)
-        return {node: Answer(self._reply(node, request), 0.25) for node, request in requests.items()}
+        self.waited_seconds += WAITED_SECONDS
+        for node, request in requests.items():
+            yield node, self._reply(node, request)
 
     def _reply(self, node: int, request: Request) -> Reply:
-        if isinstance(request, EnrolRequest):
-            return self.enrol.get(node, Enrolment(self.names[node - 2], "ab" * 32, False))
-        return self.train[node](request) if node in self.train else honest(self.study, request)
+        name = self.names[node - 2]
+        match request:
+            case EnrolRequest():
+                history = planned(self.study, self.spent.get(name, 0))
+                return self.enrol.get(node, Enrolment(name, "ab" * 32, False, history))
+            case TrainRequest():
+                return self.train[node](request) if node in self.train else self.trained(name, request)
+        return Refusal("internal")
+
+    def trained(self, name: str, request: TrainRequest) -> LocalUpdate:
+        """What an honest site does when it is asked to train."""
+        if self.last.get(name) != request.round:
+            spent = self.spent.get(name, 0) + self.study.federation.local_steps
+            self.spent[name] = min(spent, self.study.total_steps)
+            self.last[name] = request.round
+        return honest(self.study, name, request)

@@ -10,7 +10,6 @@ from common import wire
 from common.errors import TooFewSurvivors
 from common.messages import Enrolment, EnrolRequest, Refusal, Reply
 from deploy.local_grid import LocalGrid
-from server.channel import Answer
 from server.flower_channel import FlowerChannel
 
 Handler = Callable[[Message, Context], Message]
@@ -31,9 +30,9 @@ def grid(handler: Handler, nodes: int = 3) -> LocalGrid:
 
 
 def ask(on: LocalGrid, group: str = "1", timeout: float = 5.0) -> dict[int, Reply]:
-    answers = FlowerChannel(on).ask(dict.fromkeys(on.get_node_ids(), EnrolRequest("d")), group, timeout)
-    assert all(isinstance(answer, Answer) for answer in answers.values())
-    return {node: answer.reply for node, answer in sorted(answers.items())}
+    answers = list(FlowerChannel(on).ask(dict.fromkeys(on.get_node_ids(), EnrolRequest("d")), group, timeout))
+    assert len(answers) == len({node for node, _ in answers})  # one a node
+    return dict(sorted(answers))
 
 
 def test_every_node_asked_is_in_the_result() -> None:
@@ -60,8 +59,56 @@ def test_a_late_site_is_left_out_and_takes_part_again() -> None:
     on.close()
 
 
+def test_an_answer_is_given_when_it_comes_and_whoever_stops_early_waits_for_nobody() -> None:
+    release, asked = threading.Event(), threading.Event()
+
+    def slow(message: Message, context: Context) -> Message:
+        if context.node_id == 2:
+            asked.set()
+            release.wait(10)
+        return site(message, context)
+
+    on = grid(slow)
+    started = time.monotonic()
+    answers = FlowerChannel(on).ask(dict.fromkeys(on.get_node_ids(), EnrolRequest("d")), "1", 10)
+    assert {next(answers)[0], next(answers)[0]} == {3, 4}
+    assert time.monotonic() - started < 2
+    assert asked.is_set() and not release.is_set()
+    release.set()
+    assert next(answers) == (2, Enrolment("site-2", "ab", False))
+    on.close()
+
+
+def test_each_node_gets_its_own_request() -> None:
+    def echo(message: Message, context: Context) -> Message:
+        request = wire.unpack(message.content)
+        assert isinstance(request, EnrolRequest)
+        return reply(message, Enrolment(f"site-{context.node_id}", request.study_digest, False))
+
+    on = grid(echo)
+    answers = dict(FlowerChannel(on).ask({4: EnrolRequest("four"), 2: EnrolRequest("two")}, "1", 5))
+    assert answers == {2: Enrolment("site-2", "two", False), 4: Enrolment("site-4", "four", False)}
+    on.close()
+
+
+def test_it_counts_the_time_it_waits_and_not_what_is_done_with_an_answer() -> None:
+    def slow(message: Message, context: Context) -> Message:
+        time.sleep({2: 0.2, 3: 1.6}[context.node_id])
+        return site(message, context)
+
+    on = grid(slow, nodes=2)
+    channel = FlowerChannel(on)
+    assert channel.waited_seconds == 0
+    for _ in channel.ask(dict.fromkeys(on.get_node_ids(), EnrolRequest("d")), "1", 5):
+        time.sleep(1.2)  # what the server makes of the first answer, while the other site still works
+    assert 0.3 < channel.waited_seconds < 1.2  # 0.2 s and 1.6 - 1.4 s
+    on.close()
+
+
 def malformed(message: Message, context: Context) -> Message:
-    return Message(RecordDict({"facts": ConfigRecord({"version": 1, "kind": "gossip"})}), reply_to=message)
+    return Message(
+        RecordDict({"facts": ConfigRecord({"version": wire.PROTOCOL_VERSION, "kind": "gossip"})}), reply_to=message
+    )
 
 
 def a_request(message: Message, context: Context) -> Message:

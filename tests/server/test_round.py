@@ -1,17 +1,23 @@
+"""A plain round: who is asked for what, and which answers are added up."""
+
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from common.errors import TooFewSurvivors
+from common.config import StudyConfig
 from common.messages import Enrolment, LocalUpdate, Refusal, Reply, TrainRequest
 from server.aggregation import GanState
-from server.round import ask_sites, check_survivors
-from tests.server.scripted import Scripted, honest, two_sites
+from server.round import PlainRounds, RoundOutcome
+from tests.server.scripted import TRAINED, Scripted, honest, two_sites
 
 STUDY = two_sites()
 STATE = GanState(1, np.zeros(5, np.float32), np.zeros(3, np.float32), np.zeros(5, np.float32))
 SITES = {2: "north", 3: "south"}
+
+
+def one_round(channel: Scripted, study: StudyConfig = STUDY) -> RoundOutcome:
+    return PlainRounds(study, channel, SITES).run(STATE, lambda names: None)
 
 
 def test_every_site_is_asked_for_the_next_round_from_this_state() -> None:
@@ -19,42 +25,64 @@ def test_every_site_is_asked_for_the_next_round_from_this_state() -> None:
 
     def train(request: TrainRequest) -> Reply:
         seen.append(request)
-        return honest(STUDY, request)
+        return honest(STUDY, "north", request)
 
-    answers = ask_sites(STUDY, Scripted(STUDY, train={2: train, 3: train}), SITES, STATE)
-    assert set(answers.updates) == {"north", "south"}
-    assert answers.refusals == {}
-    assert answers.seconds == {"north": 0.25, "south": 0.25}
+    outcome = one_round(Scripted(STUDY, train={2: train, 3: train}))
+    assert outcome.answered == ("north", "south")
+    assert (outcome.refusals, outcome.failure) == ({}, "")
     assert [(r.round, r.study_digest) for r in seen] == [(2, STUDY.digest)] * 2
-    assert seen[0].generator is STATE.generator
+    assert seen[0].generator is STATE.generator and seen[0].discriminator is STATE.discriminator
+
+
+def test_the_sum_is_that_of_the_vectors_as_the_sites_sent_them() -> None:
+    study = two_sites(weights="contracted")  # north sends its update times 1/3
+    outcome = one_round(Scripted(study), study)
+    assert outcome.update is not None
+    assert outcome.update.sites == ("north", "south")
+    assert outcome.update.total.dtype == np.float32
+    np.testing.assert_allclose(outcome.update.total, np.full(8, TRAINED * (1 / 3 + 1)), rtol=1e-6)
+
+
+def test_the_flow_hears_who_will_train_before_anybody_is_asked() -> None:
+    heard: list[object] = []
+    channel = Scripted(STUDY, before=heard.append)
+    PlainRounds(STUDY, channel, SITES).run(STATE, heard.append)
+    assert heard == [("north", "south"), "2"]
 
 
 def of(request: TrainRequest) -> LocalUpdate:
-    return honest(STUDY, request)
+    return honest(STUDY, "south", request)
+
+
+def spoilt(value: float) -> np.ndarray:
+    return np.array([0, 0, 0, value, 0, 0, 0, 0], np.float32)
 
 
 WRONG = {
     "a refusal keeps its code": (lambda r: Refusal("site"), "site"),
     "another kind of message": (lambda r: Enrolment("north", "", False), "malformed"),
     "another round": (lambda r: replace(of(r), round=1), "malformed"),
-    "a short generator": (lambda r: replace(of(r), generator=np.zeros(4, np.float32)), "malformed"),
-    "a long discriminator": (lambda r: replace(of(r), discriminator=np.zeros(4, np.float32)), "malformed"),
-    "a NaN": (lambda r: replace(of(r), generator=np.array([0, 0, np.nan, 0, 0], np.float32)), "malformed"),
-    "an infinity": (lambda r: replace(of(r), discriminator=np.array([0, 0, -np.inf], np.float32)), "malformed"),
+    "a short vector": (lambda r: replace(of(r), vector=np.zeros(7, np.float32)), "malformed"),
+    "a long vector": (lambda r: replace(of(r), vector=np.zeros(9, np.float32)), "malformed"),
+    "a NaN": (lambda r: replace(of(r), vector=spoilt(np.nan)), "malformed"),
+    "an infinity": (lambda r: replace(of(r), vector=spoilt(-np.inf)), "malformed"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_reply_that_does_not_fit_is_left_out(case: str) -> None:
     reply, code = WRONG[case]
-    answers = ask_sites(STUDY, Scripted(STUDY, train={3: reply}), SITES, STATE)
-    assert set(answers.updates) == {"north"}
-    assert answers.refusals == {"south": code}
+    outcome = one_round(Scripted(STUDY, train={3: reply}))
+    assert outcome.answered == ("north",)
+    assert outcome.refusals == {"south": code}
+    assert outcome.update is not None and outcome.update.sites == ("north",)
+    np.testing.assert_allclose(outcome.update.total, np.full(8, TRAINED))
 
 
-def test_too_few_survivors_names_who_is_missing() -> None:
+def test_too_few_updates_are_no_sum_and_say_how_many_came() -> None:
     study = two_sites(minimum_sites=2)
-    answers = ask_sites(study, Scripted(study, train={3: lambda r: Refusal("site")}), SITES, STATE)
-    with pytest.raises(TooFewSurvivors, match=r"Round 2 needs updates of at least 2 sites, got 1 \(south: site\)"):
-        check_survivors(study, 2, answers)
-    check_survivors(STUDY, 2, answers)
+    outcome = one_round(Scripted(study, train={3: lambda r: Refusal("site")}), study)
+    assert outcome.update is None
+    assert outcome.failure == "Round 2 needs updates of at least 2 sites, got 1."
+    # North's update came, so it is not forgotten.
+    assert (outcome.answered, outcome.refusals) == (("north",), {"south": "site"})

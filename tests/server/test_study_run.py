@@ -9,13 +9,14 @@ from PIL import Image
 
 from common.config import StudyConfig
 from common.errors import ConfigError, TooFewSurvivors
-from common.messages import Enrolment, Refusal, Reply, TrainRequest
+from common.messages import Enrolment, LocalUpdate, Refusal, Reply, TrainRequest
 from common.privacy import accounting
+from common.privacy.accounting import Mechanism
 from server import checkpoints, record
 from server.aggregation import GanState
 from server.record import RunRecord
 from server.study_run import run_study
-from tests.server.scripted import TRAINED, Scripted, honest, two_sites
+from tests.server.scripted import TRAINED, WAITED_SECONDS, Scripted, honest, planned, two_sites
 
 
 def run(study: StudyConfig, sites: Scripted, out: Path, *, resume: bool = False) -> RunRecord:
@@ -33,10 +34,10 @@ def stop(at: str, error: type[BaseException]) -> Callable[[str], None]:
     return before
 
 
-def stop_in(study: StudyConfig, out: Path, at: str, error: type[BaseException]) -> RunRecord:
-    """Begin a run that stops while it waits for the answers of this group."""
+def stop_in(sites: Scripted, out: Path, at: str, error: type[BaseException]) -> RunRecord:
+    """Begin a run that stops while it waits for the answers of this group. The sites are then there for another."""
     with pytest.raises(error):
-        run(study, Scripted(study, before=stop(at, error)), out)
+        run(sites.study, replace(sites, before=stop(at, error)), out)  # shares what the sites have spent
     return RunRecord.load(out)
 
 
@@ -53,6 +54,18 @@ def test_a_study_runs_to_its_last_round(tmp_path: Path) -> None:
     assert steps(facts) == {"north": 6, "south": 6}
     first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 2))
     np.testing.assert_allclose(last.generator, first.generator + 2 * TRAINED, rtol=1e-5)
+    np.testing.assert_allclose(last.discriminator, first.discriminator + 2 * TRAINED, rtol=1e-5)
+    assert facts.aggregation == "plain"
+
+
+def test_the_metrics_split_a_round_into_waiting_and_work(tmp_path: Path) -> None:
+    study = two_sites()
+    run(study, Scripted(study), tmp_path)
+    for line in record.read_metrics(tmp_path):
+        seconds = line["seconds"]
+        assert seconds["waiting_for_sites"] == WAITED_SECONDS  # of this round alone: enrolment waited as well
+        assert seconds["round"] == pytest.approx(seconds["waiting_for_sites"] + seconds["server"], abs=0.002)
+        assert all(set(site) == {"steps_charged", "epsilon_rdp"} for site in line["sites"].values())
 
 
 def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
@@ -105,11 +118,14 @@ def test_what_sites_commit_themselves_to_is_on_disk_before_the_first_round(tmp_p
 @pytest.mark.parametrize("changed", [Enrolment("south", "cd" * 32, False), Enrolment("south", "ab" * 32, True)])
 def test_a_site_cannot_come_back_with_another_split_or_unit(changed: Enrolment, tmp_path: Path) -> None:
     study = two_sites()
-    stop_in(study, tmp_path, "2", KeyboardInterrupt)
-    facts = run(study, Scripted(study, enrol={3: changed}), tmp_path, resume=True)
+    sites = Scripted(study)
+    stop_in(sites, tmp_path, "2", KeyboardInterrupt)
+    changed = replace(changed, history=planned(study, 3))
+    facts = run(study, replace(sites, enrol={3: changed}), tmp_path, resume=True)
     assert facts.refused_sites == {"south": "enrolment_changed"}
     assert facts.site("south").holdout_commitment == "ab" * 32
     assert [site.rounds for site in facts.sites] == [[1, 2], [1]]
+    assert steps(facts) == {"north": 6, "south": 6}  # what the record charged south stays: round 2 may be trained
 
 
 def test_a_resumed_run_asks_refused_sites_anew_but_not_those_without_a_contract(tmp_path: Path) -> None:
@@ -118,7 +134,7 @@ def test_a_resumed_run_asks_refused_sites_anew_but_not_those_without_a_contract(
         sites = Scripted(study, enrol={3: Refusal("site")}, before=stop("2", KeyboardInterrupt))
         run_study(study, sites, tmp_path, "cpu", False, {"west": "privacy"})
     assert RunRecord.load(tmp_path).refused_nodes == ["site"]
-    facts = run(study, Scripted(study), tmp_path, resume=True)
+    facts = run(study, Scripted(study, spent=sites.spent, last=sites.last), tmp_path, resume=True)
     assert (facts.refused_sites, facts.refused_nodes) == ({"west": "privacy"}, [])
 
 
@@ -144,6 +160,75 @@ def test_a_site_that_counts_records_is_in_the_notice(tmp_path: Path) -> None:
     assert "one record (image)" in facts.notice
 
 
+def secure_study(minimum_sites: int = 3) -> StudyConfig:
+    contract = {"north": 25, "south": 75, "west": 40}
+    return two_sites(aggregation="secure", minimum_sites=minimum_sites, contracted_patients=contract)
+
+
+def member(site: str, **changes: object) -> Enrolment:
+    return replace(Enrolment(site, "ab" * 32, False, (), 0, "1d" * 32, "aa" * 32), **changes)  # type: ignore[arg-type]
+
+
+def enrolled(study: StudyConfig, out: Path, west: Enrolment) -> RunRecord:
+    """The record of a run that west's enrolment ends: the study needs all three."""
+    replies: dict[int, Reply] = {2: member("north"), 3: member("south"), 4: west}
+    sites = Scripted(study, names=("north", "south", "west"), enrol=replies)
+    with pytest.raises(TooFewSurvivors, match="at least 3 sites to enrol, got 2"):
+        run(study, sites, out)
+    assert sites.asked == ["enrol"]
+    return RunRecord.load(out)
+
+
+def test_a_site_that_pinned_another_roster_than_the_most_takes_no_part(tmp_path: Path) -> None:
+    """It could verify none of the others' keys, and they not its own."""
+    facts = enrolled(secure_study(), tmp_path, member("west", roster_digest="bb" * 32))
+    assert (facts.refused_sites, facts.refused_nodes) == ({"west": "other_roster"}, [])
+    assert [site.name for site in facts.sites] == ["north", "south"]
+    assert facts.aggregation == "secure"
+
+
+@pytest.mark.parametrize("identity", ["", "1d" * 31, "1D" * 32, "xy" * 32, "1d" * 32 + "\n"])
+def test_a_secure_study_needs_a_public_key_of_every_site(identity: str, tmp_path: Path) -> None:
+    facts = enrolled(secure_study(), tmp_path, member("west", identity=identity))
+    assert (facts.refused_sites, facts.refused_nodes) == ({}, ["malformed"])
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        (Mechanism(1.0, 0.5, 3),),  # another noise than the study plans
+        (Mechanism(0.5, 1.0, 3),),  # another sampling
+        "more than the plan",
+    ],
+)
+def test_a_history_that_cannot_be_true_is_refused_at_enrolment(
+    history: tuple[Mechanism, ...] | str, tmp_path: Path
+) -> None:
+    study = two_sites()
+    said = planned(study, 7) if isinstance(history, str) else history
+    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "ab" * 32, False, said)}), tmp_path)
+    assert facts.refused_sites == {"south": "enrolment_changed"}
+    assert [site.name for site in facts.sites] == ["north"]
+
+
+def test_a_site_that_answered_cannot_come_back_with_less_than_it_answered(tmp_path: Path) -> None:
+    study = two_sites()
+    sites = Scripted(study)
+    stop_in(sites, tmp_path, "2", KeyboardInterrupt)
+    less = Enrolment("south", "ab" * 32, False, planned(study, 2))
+    facts = run(study, replace(sites, enrol={3: less}), tmp_path, resume=True)
+    assert facts.refused_sites == {"south": "enrolment_changed"}
+    assert steps(facts)["south"] == 6  # as the record had it
+
+
+def test_what_a_site_has_spent_before_it_joins_counts(tmp_path: Path) -> None:
+    study = two_sites(rounds=3)
+    facts = run(study, Scripted(study, spent={"south": 4}), tmp_path)
+    assert steps(facts) == {"north": 9, "south": 9}
+    first = record.read_metrics(tmp_path)[0]["sites"]
+    assert (first["north"]["steps_charged"], first["south"]["steps_charged"]) == (3, 7)
+
+
 # ---------------------------------------------------------------- what a site is charged
 
 
@@ -159,21 +244,34 @@ def test_a_round_is_charged_on_disk_before_it_is_asked_for(tmp_path: Path) -> No
     assert seen == [{}, {"north": 3, "south": 3}, {"north": 6, "south": 6}]
 
 
-def test_a_late_site_is_charged_as_planned_until_it_speaks_again(tmp_path: Path) -> None:
+def test_a_late_site_is_charged_as_planned(tmp_path: Path) -> None:
+    """What was asked may have come to it, so nothing is taken back while the run goes on."""
     study = two_sites(rounds=3)
     seen: list[dict[str, int]] = []
-
-    def train(request: TrainRequest) -> Reply:
-        if request.round == 1:
-            return late(request)
-        history = honest(study, replace(request, round=request.round - 1)).history
-        return replace(honest(study, request), history=history)  # what was asked in round 1 never came to the site
-
-    sites = Scripted(study, train={3: train}, before=lambda group: seen.append(steps(RunRecord.load(tmp_path))))
+    sites = Scripted(study, before=lambda group: seen.append(steps(RunRecord.load(tmp_path))))
+    sites.train = {3: lambda request: late(request) if request.round == 1 else sites.trained("south", request)}
     facts = run(study, sites, tmp_path)
-    assert [charged["south"] for charged in seen[1:]] == [3, 6, 6]  # one ahead, one unseen and one ahead, two
-    assert steps(facts) == {"north": 9, "south": 6}
+    assert [charged["south"] for charged in seen[1:]] == [3, 6, 9]
+    assert steps(facts) == {"north": 9, "south": 9}
+    assert sites.spent == {"north": 9, "south": 6}
     assert [(site.rounds, site.refusals) for site in facts.sites] == [([1, 2, 3], {}), ([2, 3], {"no_answer": 1})]
+
+
+def test_a_resumed_run_takes_over_what_the_sites_themselves_have_charged(tmp_path: Path) -> None:
+    """South was late and never trained round 1; north trained round 2, and the server never saw it."""
+    study = two_sites(rounds=3)
+    sites = Scripted(study, train={3: late})
+    assert steps(stop_in(sites, tmp_path, "2", KeyboardInterrupt)) == {"north": 6, "south": 6}
+    sites.spent["north"] += 3
+    seen: list[dict[str, int]] = []
+
+    def before(group: str) -> None:
+        seen.append(steps(RunRecord.load(tmp_path)))
+
+    facts = run(study, replace(sites, train={}, before=before), tmp_path, resume=True)
+    assert seen[1] == {"north": 9, "south": 3}  # 6 and 0, and the round that they are about to be asked for
+    assert steps(facts) == {"north": 9, "south": 6}
+    assert sites.spent == {"north": 9, "south": 6}
 
 
 def test_a_site_late_for_ever_is_charged_no_more_than_the_plan(tmp_path: Path) -> None:
@@ -188,7 +286,7 @@ def test_an_update_that_does_not_fit_is_charged_too(tmp_path: Path) -> None:
     study = two_sites()
 
     def train(request: TrainRequest) -> Reply:
-        return replace(honest(study, request), generator=np.zeros(1, np.float32))
+        return replace(honest(study, "south", request), vector=np.zeros(1, np.float32))
 
     facts = run(study, Scripted(study, train={3: train}), tmp_path)
     assert steps(facts) == {"north": 6, "south": 6}
@@ -203,33 +301,68 @@ def test_a_refusal_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_an_update_of_a_round_that_failed_counts(tmp_path: Path) -> None:
-    study = two_sites(minimum_sites=2)
+    study = two_sites(minimum_sites=2, rounds=3)
+    sites = Scripted(study)
+    sites.train = {3: lambda request: sites.trained("south", request) if request.round == 1 else Refusal("internal")}
+    with pytest.raises(
+        TooFewSurvivors, match=r"Round 2 needs updates of at least 2 sites, got 1\. \(south: internal\)"
+    ):
+        run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "2", "2"]
+    facts = RunRecord.load(tmp_path)
+    assert (facts.status, facts.error, facts.rounds_completed) == ("failed", "too_few_survivors", 1)
+    assert steps(facts) == {"north": 9, "south": 9}  # two attempts at round 2, each planned and charged
+    assert facts.site("south").refusals == {"internal": 2}
+    assert [site.rounds for site in facts.sites] == [[1], [1]]
+
+
+def once(sites: Scripted, code: str) -> Callable[[TrainRequest], Reply]:
+    """South refuses one time in each round, then does what it is asked."""
+    refused: set[int] = set()
 
     def train(request: TrainRequest) -> Reply:
-        return honest(study, request) if request.round == 1 else Refusal("internal")
+        if request.round in refused:
+            return sites.trained("south", request)
+        refused.add(request.round)
+        return Refusal(code)
 
-    with pytest.raises(TooFewSurvivors, match="south: internal"):
-        run(study, Scripted(study, train={3: train}), tmp_path)
-    facts = RunRecord.load(tmp_path)
-    assert (facts.status, facts.rounds_completed) == ("failed", 1)
-    assert steps(facts) == {"north": 6, "south": 6}  # south may have charged the round before it failed
+    return train
 
 
-def test_a_history_that_cannot_be_true_is_left_out_and_charged(tmp_path: Path) -> None:
-    study = two_sites()
-    facts = run(study, Scripted(study, train={3: lambda r: replace(honest(study, r), history=())}), tmp_path)
-    assert steps(facts) == {"north": 6, "south": 6}
-    assert facts.site("south").epsilon == facts.site("north").epsilon
-    assert (facts.site("south").rounds, facts.site("south").refusals) == ([], {"malformed": 2})
+def test_a_round_that_failed_is_tried_once_more(tmp_path: Path) -> None:
+    """And the next one has two attempts of its own."""
+    study = two_sites(minimum_sites=2)
+    sites = Scripted(study)
+    sites.train = {3: once(sites, "site")}
+    facts = run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "1", "2", "2"]
+    assert (facts.status, facts.rounds_completed) == ("completed", 2)
+    assert [site.rounds for site in facts.sites] == [[1, 2], [1, 2]]
+    assert facts.site("south").refusals == {"site": 2}
+    first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 2))
+    np.testing.assert_allclose(last.generator, first.generator + 2 * TRAINED, rtol=1e-5)  # each round once
+
+
+def test_an_attempt_that_failed_is_charged_and_the_second_one_too(tmp_path: Path) -> None:
+    study = two_sites(minimum_sites=2, rounds=4)
+    sites = Scripted(study)
+    sites.train = {3: once(sites, "no_answer")}
+    seen: list[dict[str, int]] = []
+    sites.before = lambda group: seen.append(steps(RunRecord.load(tmp_path)))
+    run(study, sites, tmp_path)
+    assert seen[1:4] == [{"north": 3, "south": 3}, {"north": 6, "south": 6}, {"north": 9, "south": 9}]
+    assert max(max(charged.values()) for charged in seen[1:]) == 12  # no more than the plan
 
 
 def test_spent_budgets_complete_the_run(tmp_path: Path) -> None:
     study = two_sites(minimum_sites=2)
 
     def train(request: TrainRequest) -> Reply:
-        return honest(study, request) if request.round == 1 else Refusal("budget_exhausted")
+        return honest(study, "north", request) if request.round == 1 else Refusal("budget_exhausted")
 
-    facts = run(study, Scripted(study, train={2: train, 3: train}), tmp_path)
+    sites = Scripted(study, train={2: train, 3: train})
+    facts = run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "2"]  # a second attempt would change nothing
     assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "budget_exhausted", 1)
     assert steps(facts) == {"north": 6, "south": 6}  # they have spent all, though nobody saw the last update
 
@@ -244,12 +377,13 @@ def test_a_run_that_stops_says_how_and_goes_on(
     error: type[BaseException], status: str, code: str, tmp_path: Path
 ) -> None:
     study = two_sites()
-    stopped = stop_in(study, tmp_path, "2", error)
+    sites = Scripted(study)
+    stopped = stop_in(sites, tmp_path, "2", error)
     assert (stopped.status, stopped.error, stopped.rounds_completed) == (status, code, 1)
     assert stopped.sites[0].accountant == "prv"
     assert steps(stopped) == {"north": 6, "south": 6}  # whoever was asked for round 2 may have charged it
 
-    sites = Scripted(study)
+    sites.asked.clear()
     facts = run(study, sites, tmp_path, resume=True)
     assert sites.asked == ["enrol", "2"]
     assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "", 2)
@@ -268,12 +402,13 @@ def test_the_record_is_on_disk_before_the_checkpoint(tmp_path: Path, monkeypatch
             raise SystemExit("killed")
         return save(folder, state, notice)
 
+    sites = Scripted(study)
     monkeypatch.setattr(checkpoints, "save", killed)
     with pytest.raises(SystemExit):
-        run(study, Scripted(study), tmp_path)
+        run(study, sites, tmp_path)
     assert steps(RunRecord.load(tmp_path)) == {"north": 3, "south": 3}
     monkeypatch.setattr(checkpoints, "save", save)
-    facts = run(study, Scripted(study), tmp_path, resume=True)
+    facts = run(study, sites, tmp_path, resume=True)
     assert (facts.rounds_completed, steps(facts)) == (1, {"north": 3, "south": 3})
     assert [site.rounds for site in facts.sites] == [[1], [1]]
     assert len(record.read_metrics(tmp_path)) == 1
@@ -288,15 +423,15 @@ def test_a_lost_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
         run(study, Scripted(study), tmp_path, resume=True)
 
 
-def test_weights_of_a_drawn_size_have_no_say(tmp_path: Path) -> None:
-    """Only contracted sizes weigh: what a site claims to have spent changes nothing."""
+def test_only_contracted_sizes_weigh(tmp_path: Path) -> None:
+    """What a site claims to have spent changes nothing: 25 patients against 75, whatever is said."""
     study = two_sites(weights="contracted")
 
     def train(request: TrainRequest) -> Reply:
-        update = honest(study, request)
-        return replace(update, generator=3 * update.generator, history=(replace(update.history[0], steps=6),))
+        update = honest(study, "south", request)
+        return LocalUpdate(update.round, 3 * update.vector)
 
-    run(study, Scripted(study, train={3: train}), tmp_path)
+    run(study, Scripted(study, spent={"south": 6}, train={3: train}), tmp_path)
     first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 1))
     np.testing.assert_allclose(last.generator - first.generator, TRAINED * (0.25 + 0.75 * 3), rtol=1e-4, atol=1e-5)
 

@@ -154,7 +154,9 @@ def test_other_trees_are_refused(found: object, tmp_path: Path) -> None:
     assert "is not a roster of version 1. Ask the coordinator" in str(refusal_of(json.dumps(found).encode(), tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"[" * 200_000, b"", b"{", b"not json", b"\xff\xfe\xff", b"\0" * 9, b'{"version": 1} {}'])
+@pytest.mark.parametrize(
+    "content", [b"[" * 200_000, b"", b"{", b"not json", b"\xff\xfe\xff", b"\0" * 9, b'{"version": 1} {}']
+)
 def test_what_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
     assert "is not a roster of version 1. Ask the coordinator" in str(refusal_of(content, tmp_path))
 

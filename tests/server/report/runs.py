@@ -18,10 +18,13 @@ NOISE, STEPS = 2.0, 10
 DELTA = 1e-5
 
 
-def make_run(sites: Sequence[str] = ("north", "south"), *, private: bool = True, rounds: int = 3) -> RunRecord:
+def make_run(
+    sites: Sequence[str] = ("north", "south"), *, private: bool = True, rounds: int = 3, aggregation: str = "secure"
+) -> RunRecord:
     """A completed run in which every site took part in every round of STEPS steps."""
     names = list(sites)
-    study = StudyConfig(name="pilot").with_changes("federation", contracted_patients=dict.fromkeys(names, 200))
+    federation = {"contracted_patients": dict.fromkeys(names, 200), "aggregation": aggregation}
+    study = StudyConfig(name="pilot").with_changes("federation", **federation)
     if not private:
         study = study.with_changes("privacy", enabled=False)
     run = RunRecord(
@@ -32,7 +35,7 @@ def make_run(sites: Sequence[str] = ("north", "south"), *, private: bool = True,
         notice=record.notice(study, record_is_patient=False),
         versions={"python": "3.11.0", "torch": "2.13.0"},
         device="cpu",
-        aggregation="plain",
+        aggregation=aggregation,
         rounds_completed=rounds,
         noise_multiplier=NOISE if private else None,
         seconds={"warm_start": 42.0, "total": 3725.0},
@@ -58,7 +61,7 @@ def make_run(sites: Sequence[str] = ("north", "south"), *, private: bool = True,
 
 def line(number: int, steps: dict[str, int], **changes: Any) -> dict[str, Any]:
     """A line of ``metrics.jsonl``; ``steps`` is what each site had charged by then."""
-    sites = {name: {"seconds": 4.0, "steps_charged": charged, "epsilon_rdp": None} for name, charged in steps.items()}
+    sites = {name: {"steps_charged": charged, "epsilon_rdp": None} for name, charged in steps.items()}
     seconds = {"round": 5.0, "waiting_for_sites": 4.0, "server": 1.0}
     usual = {"round": number, "generator_loss": 1.25, "discriminator_fake_loss": 0.5, "sites": sites, "refused": {}}
     return {**usual, "seconds": seconds, **changes}

@@ -31,7 +31,7 @@ def test_the_figures_appear(tmp_path: Path) -> None:
         "name not known budget_exhausted the site has spent what the study planned for it",
         "Target ε = 10 at δ = 1e-5",
         "Add or remove one patient",
-        "the coordinator sees every site's own update",
+        "The coordinator saw sums only",
         f"at all 2 sites to ε = {epsilon_text(2 * spent(3 * STEPS))} at δ = 2e-5",
         "total 1 h 2 min",
         "the server's own work is 20.0 % of them",
@@ -39,6 +39,60 @@ def test_the_figures_appear(tmp_path: Path) -> None:
         "contracted_patients] north = 200",
     ):
         assert expected in page.text, expected
+
+
+def test_secure_aggregation_is_told_as_sums_only(tmp_path: Path) -> None:
+    save(tmp_path, make_run(("north", "south", "west")))
+    page = Page.of(tmp_path)
+    for expected in (
+        "The coordinator saw sums only never one site's update",
+        "Secure aggregation: the coordinator saw only sums.",
+        "the sum over at least 2 sites",
+        "each update was clipped and noised at its site before it was masked",
+    ):
+        assert expected in page.text, expected
+    assert "plain" not in page.text.split("The whole study, as TOML")[0].lower()
+    assert "subtract its own update" not in page.text
+
+
+def test_two_sites_are_told_what_a_sum_of_two_shows_them(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    assert "either of them can subtract its own update from the sum" in Page.of(tmp_path).text
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_plain_aggregation_is_unmissable(private: bool, tmp_path: Path) -> None:
+    save(tmp_path, make_run(aggregation="plain", private=private))
+    page = Page.of(tmp_path)
+    assert 'The coordinator saw each site\'s update aggregation = "plain"' in page.text
+    assert 'Plain (aggregation = "plain"): the coordinator saw each site\'s own update.' in page.text
+    assert "sums only" not in page.text and "masked" not in page.text
+    assert ("nothing kept the coordinator from reading patients' data" in page.text) is not private
+
+
+def test_sums_without_privacy_are_not_called_safe(tmp_path: Path) -> None:
+    save(tmp_path, make_run(private=False))
+    page = Page.of(tmp_path)
+    assert "The sums themselves have no protection" in page.text
+    assert "The guarantee above does not rest on this" not in page.text
+
+
+def test_a_way_of_combining_that_the_report_does_not_know_is_not_called_safe(tmp_path: Path) -> None:
+    run = make_run()
+    run.aggregation = "telepathy"
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert 'The coordinator saw not known aggregation = "telepathy"' in page.text
+    assert "sums only" not in page.text and "saw only sums" not in page.text
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_a_simulation_does_not_claim_what_only_separate_machines_give(simulated: bool, tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    if simulated:
+        (tmp_path / "sites" / "north").mkdir(parents=True)
+        (tmp_path / "sites" / "north" / "data-check.json").write_text("{}")
+    assert ("whoever has the machine it ran on can read" in Page.of(tmp_path).text) is simulated
 
 
 def test_the_chart_draws_epsilon_of_every_round_and_the_target(tmp_path: Path) -> None:

@@ -4,7 +4,12 @@ from pathlib import Path
 import pytest
 
 from common.config import StudyConfig
+from common.errors import INTERNAL, FederationError
+from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR
 from server.report import charts, words
+from server.study_run import ENROLMENT_CHANGED, OTHER_ROSTER
+
+COORDINATORS = (MALFORMED, NO_ANSWER, NODE_ERROR, ENROLMENT_CHANGED, OTHER_ROSTER)
 
 
 @pytest.mark.parametrize(
@@ -14,6 +19,20 @@ from server.report import charts, words
 def test_epsilon_is_rounded_up_and_only_when_needed(epsilon: float, text: str) -> None:
     assert words.epsilon_text(epsilon) == text
     assert float(text) >= epsilon
+
+
+def codes(kind: type[FederationError]) -> set[str]:
+    found = {kind.code} if hasattr(kind, "code") else set()
+    return found.union(*(codes(below) for below in kind.__subclasses__()))
+
+
+@pytest.mark.parametrize("code", sorted(codes(FederationError) | {INTERNAL, *COORDINATORS}))
+def test_every_code_that_a_site_or_the_coordinator_gives_has_words(code: str) -> None:
+    assert words.CODES[code] and words.code_words(code) != code
+
+
+def test_an_unknown_code_is_read_as_it_is() -> None:
+    assert words.code_words("odd_code") == "odd code"
 
 
 def test_numbers_and_times() -> None:

@@ -54,10 +54,10 @@ def make_identity(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     identity = Ed25519PrivateKey.generate()
     public = identity.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    write_atomically(folder / PUBLIC_FILE, public)  # first: without a key beside it, it is written again
     write_atomically(
         folder / KEY_FILE, identity.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), mode=0o600
     )
-    write_atomically(folder / PUBLIC_FILE, public)
     return folder / PUBLIC_FILE
 
 

@@ -89,12 +89,12 @@ class RoundFile:
             raise OutOfOrder("This site is in no attempt.", "It takes part again in the next one.") from None
         try:
             tree = json.loads(self._cipher.decrypt(data[:12], data[12:], None))
-        except (InvalidTag, ValueError):
+            return SiteRound.from_tree(self._member, tree)
+        except (InvalidTag, ValueError, KeyError, TypeError):
             self._erase()
             raise SiteError(
                 "The file of the running attempt was damaged; it is erased.", "The next one works."
             ) from None
-        return SiteRound.from_tree(self._member, tree)
 
     def _save(self, current: SiteRound) -> None:
         nonce = secrets.token_bytes(12)

@@ -48,6 +48,7 @@ class SiteRound:
         minimum_cohort: join no sum over fewer sites than this.
         stage: the last stage entered.
         share_private, mask_private, self_mask: this site's secrets of 32 bytes; empty before and after their time.
+        pairwise: by neighbour, the key of the mask in common; empty before and after its time.
         cohort: advertised keys by site.
         checked: the sites whose signatures were verified.
         agreed: the transcript; None before ``share_keys``.
@@ -64,6 +65,7 @@ class SiteRound:
     share_private: bytes = b""
     mask_private: bytes = b""
     self_mask: bytes = b""
+    pairwise: dict[str, bytes] = field(default_factory=dict)
     cohort: dict[str, AdvertisedKeys] = field(default_factory=dict)
     checked: tuple[str, ...] = ()
     agreed: Transcript | None = None
@@ -111,7 +113,7 @@ class SiteRound:
         """Enter ``masked_input``: check and open what the others dealt. Nothing is trained before this succeeds.
 
         Raises:
-            BadPeer: a list that no honest server makes, or a share that was changed, moved or replayed.
+            BadPeer: a list that no honest server makes, a degenerate key, or a share that was changed, moved or replayed.
             TooFewSurvivors: too few sites, or too few of this site's holders, shared.
         """
         self._enter("masked_input")
@@ -120,9 +122,10 @@ class SiteRound:
         if not senders <= sharers - {self.member.site}:
             raise BadPeer("Expected shares of other sites that shared their keys, found others.")
         self._check_signatures(tuple(sorted(senders - set(self.checked))))
+        share_private, mask_private = keys.load(self.share_private), keys.load(self.mask_private)
         for sender, sealed in request.sealed.items():
             opened = keys.unseal(
-                self.share_private,
+                share_private,
                 self.cohort[sender].share_key,
                 self._transcript,
                 sender,
@@ -132,6 +135,10 @@ class SiteRound:
             if len(opened) != 2 * shares.SHARE_BYTES:
                 raise BadPeer("Expected two shares in a sealed text, found another length.")
             self.held[sender] = opened
+        for other in (set(self.picks) & sharers) | senders:
+            shared = self.cohort[other].mask_key
+            self.pairwise[other] = keys.pairwise_key(mask_private, shared, self._transcript, self.member.site, other)
+        self.share_private = self.mask_private = b""
         self.sharers = tuple(sorted(sharers))
 
     def masked_input(self, vector: NDArray[np.float32], encoding: Encoding, number: int) -> tuple[MaskedInput, int]:
@@ -149,20 +156,16 @@ class SiteRound:
             OutOfOrder: the shares were not opened, or a vector was masked already.
             SiteError: the update is not finite.
         """
-        if self.stage != "masked_input" or not self.self_mask:
+        if self.stage != "masked_input" or not self.sharers or not self.self_mask:
             raise OutOfOrder("Expected opened shares and no masked input yet.")
         site = self.member.site
-        own = keys.self_mask_key(self.self_mask, self._transcript, site)
-        all_masks = [(own, True)]
-        for other in sorted((set(self.picks) & set(self.sharers)) | (set(self.held) - {site})):
-            shared = self.cohort[other].mask_key
-            key = keys.pairwise_key(self.mask_private, shared, self._transcript, site, other)
-            all_masks.append((key, site < other))  # one end adds what the other subtracts
+        all_masks = [(keys.self_mask_key(self.self_mask, self._transcript, site), True)]
+        all_masks += [(key, site < other) for other, key in self.pairwise.items()]  # one end adds, the other subtracts
         try:
             packed, clipped = masks.masked(vector, encoding, all_masks, secrets.token_bytes(32))
         except ValueError:
             raise SiteError("The update is not finite.", "Lower the learning rates of the study.") from None
-        self.share_private = self.mask_private = self.self_mask = b""
+        self.self_mask, self.pairwise = b"", {}
         message = MaskedInput(
             self.attempt.study_digest, self.attempt.number, number, len(vector), encoding.modulus_bits, packed
         )
@@ -276,8 +279,9 @@ class SiteRound:
         }
         texts = {name: dealt["self_mask"][point[name]] + dealt["mask_key"][point[name]] for name in holders}
         self.held = {site: texts.pop(site)}
+        share_private = keys.load(self.share_private)
         sealed = {
-            name: keys.seal(self.share_private, self.cohort[name].share_key, self._transcript, site, name, text)
+            name: keys.seal(share_private, self.cohort[name].share_key, self._transcript, site, name, text)
             for name, text in texts.items()
         }
         seed = keys.commitment(self.attempt, "seed", site, "", self.self_mask)
@@ -292,6 +296,7 @@ class SiteRound:
             "minimum_cohort": self.minimum_cohort,
             "stage": self.stage,
             "secrets": [self.share_private.hex(), self.mask_private.hex(), self.self_mask.hex()],
+            "pairwise": {other: key.hex() for other, key in self.pairwise.items()},
             "cohort": [
                 [entry.site, entry.share_key.hex(), entry.mask_key.hex(), entry.signature.hex()]
                 for entry in self.cohort.values()
@@ -317,6 +322,7 @@ class SiteRound:
             share_private,
             mask_private,
             self_mask,
+            {other: bytes.fromhex(key) for other, key in tree["pairwise"].items()},
             {site: AdvertisedKeys(site, *map(bytes.fromhex, entry)) for site, *entry in tree["cohort"]},
             tuple(tree["checked"]),
             Transcript(attempt, bytes.fromhex(tree["agreed"])) if tree["agreed"] else None,

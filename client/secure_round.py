@@ -85,10 +85,10 @@ def masked_input(
         at.file.end()
         raise
     try:
-        updates.note_left(at.folder, request.train.digest)
         with at.file.stage(request.attempt) as attempt:
+            updates.note_left(at.folder)
             message, clipped = attempt.masked_input(update.vector, at.study.secure_aggregation.encoding, update.round)
-    except FederationError as error:  # a code of its own: to the server, others mean that nothing was spent
+    except (FederationError, OSError) as error:  # a code of its own: others tell the server that nothing was spent
         raise ProtocolError(f"The update was made and is lost: {error}") from error
     # Site's own log: how many coordinates were clipped derives from patients.
     logger.info("round %d: %d of %d coordinates clipped to the value range", update.round, clipped, message.length)
@@ -108,7 +108,8 @@ def unmask(at: SecureSite, request: UnmaskRequest) -> UnmaskShares:
     at.file.end()
     try:
         next_keys = _advertise(at, request.attempt + 1) if request.another else None
-    except BudgetExhausted:
+    except (FederationError, OSError) as error:  # what is opened counts; without keys the site sits out one attempt
+        logger.warning("no keys for the next attempt: %s", error)
         next_keys = None
     return UnmaskShares(opened.attempt, opened.self_masks, opened.mask_keys, next_keys)
 

@@ -90,19 +90,19 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
         raise PrivacyError(f"{at.folder} has a trained state but no {updates.FILE_NAME}.", "Restore that file.")
 
     source = request.digest
-    same = saved is not None and saved["source"] == source and left != source
+    same = saved is not None and saved["source"] == source and saved["id"] != left
     if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
         return _weighted(at, request.round, saved["generator"].numpy(), saved["discriminator"].numpy())
 
     trainer = _restore(at, plan, request, saved)  # refuses a shared state that does not fit before anything is charged
     if saved is not None and same:
-        step, num_steps = int(saved["step"]), int(saved["num_steps"])
+        update_id, step, num_steps = str(saved["id"]), int(saved["step"]), int(saved["num_steps"])
         load_vector(trainer.generator, request.generator + saved["generator"].numpy())
         load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
         logger.info("round %d: goes on after step %d", request.round, step)
     else:
-        step, num_steps = 0, _charge(accountant, plan, at.study)
+        update_id, step, num_steps = secrets.token_hex(16), 0, _charge(accountant, plan, at.study)
 
     def update() -> tuple[Vector, Vector]:
         return (
@@ -111,8 +111,9 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
         )
 
     def keep(step: int) -> None:
-        updates.note_made(at.folder, source)
-        _save_state(at.folder, {"source": source, "step": step, "num_steps": num_steps}, trainer, *update())
+        updates.note_made(at.folder, update_id)
+        made = {"id": update_id, "source": source, "step": step, "num_steps": num_steps}
+        _save_state(at.folder, made, trainer, *update())
 
     _train(at, trainer, range(step, num_steps), request.round, keep)
     keep(num_steps)

@@ -16,11 +16,11 @@ FILE_NAME = "updates.json"
 
 @dataclass(frozen=True)
 class Updates:
-    """Digests of the requests that the newest updates answer; "" for none.
+    """Random ids of updates; "" for none.
 
     Args:
         made: the update that is saved, finished or not.
-        left: the update that has left.
+        left: the newest update that has left.
     """
 
     made: str = ""
@@ -47,14 +47,15 @@ def read(folder: Path) -> Updates:
     return found
 
 
-def note_made(folder: Path, request: str) -> None:
-    """An update is saved, finished or not."""
-    _write(folder, replace(read(folder), made=request))
+def note_made(folder: Path, update: str) -> None:
+    """An update is about to be saved, finished or not."""
+    _write(folder, replace(read(folder), made=update))
 
 
-def note_left(folder: Path, request: str) -> None:
-    """An update is about to leave; call this before it does."""
-    _write(folder, replace(read(folder), left=request))
+def note_left(folder: Path) -> None:
+    """The saved update is about to leave; call this before it does."""
+    updates = read(folder)
+    _write(folder, replace(updates, left=updates.made))
 
 
 def _write(folder: Path, updates: Updates) -> None:

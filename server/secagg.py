@@ -29,7 +29,7 @@ from common.secagg import keys, masks, neighbours, shares
 from common.secagg.encoding import Encoding, Floats, decode
 from common.secagg.keys import AdvertisedKeys, Attempt
 
-_PROBE = bytes(range(32))  # any private key: with a public one of small order it agrees on nothing
+_PROBE = keys.load(bytes(range(32)))  # any private key: with a public one of small order it agrees on nothing
 STAGES = ("start", "share_keys", "masked_input", "confirm_survivors", "unmask", "done")
 
 
@@ -197,7 +197,7 @@ class SecureSum:
             partners = self._partners(name)
             if not partners:
                 continue
-            private = self._rebuild("mask_key", name)
+            private = keys.load(self._rebuild("mask_key", name))
             for other in partners:
                 key = keys.pairwise_key(private, self.cohort[other].mask_key, self._agreed, name, other)
                 removed.append((key, not other < name))

@@ -1,12 +1,33 @@
 """Hypothesis strategies for what the tests of several packages share."""
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from common.config import StudyConfig
+from common.messages import (
+    AdvertiseKeysRequest,
+    Confirmation,
+    ConfirmSurvivorsRequest,
+    Enrolment,
+    EnrolRequest,
+    LocalUpdate,
+    MaskedInput,
+    MaskedInputRequest,
+    Refusal,
+    Reply,
+    Request,
+    SealedShares,
+    ShareKeysRequest,
+    TrainRequest,
+    UnmaskRequest,
+    UnmaskShares,
+)
 from common.privacy.accounting import Mechanism
+from common.secagg.encoding import MODULUS_BITS, Encoding
+from common.secagg.keys import AdvertisedKeys
 
 SIZES = (28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 
@@ -15,6 +36,45 @@ labels = st.text(min_size=1, max_size=20).filter(lambda text: text == text.strip
 vectors = arrays.arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32, allow_nan=True))
 mechanisms = st.builds(Mechanism, st.floats(1e-6, 1), st.floats(0.05, 1e5), st.integers(1, 10**6))
 histories = st.lists(mechanisms, max_size=4).map(tuple)
+
+texts = st.text(max_size=100)
+counts = st.integers(0, 2**40)
+few_bytes = st.binary(max_size=200)
+named_bytes = st.dictionaries(site_names, few_bytes, max_size=5)
+packed = arrays.arrays(np.uint8, st.integers(0, 60))
+advertised = st.builds(AdvertisedKeys, texts, few_bytes, few_bytes, few_bytes)
+train_requests = st.builds(TrainRequest, texts, counts, vectors, vectors)
+requests: st.SearchStrategy[Request] = st.one_of(
+    st.builds(EnrolRequest, texts),
+    train_requests,
+    st.builds(AdvertiseKeysRequest, texts, counts),
+    st.builds(ShareKeysRequest, texts, counts, st.lists(advertised, max_size=4).map(tuple)),
+    st.builds(MaskedInputRequest, counts, st.lists(texts, max_size=5).map(tuple), named_bytes, train_requests),
+    st.builds(ConfirmSurvivorsRequest, texts, counts, st.lists(texts, max_size=5).map(tuple)),
+    st.builds(UnmaskRequest, texts, counts, named_bytes),
+)
+replies: st.SearchStrategy[Reply] = st.one_of(
+    st.builds(Enrolment, site_names, texts, st.booleans(), histories, counts, texts, texts),
+    st.builds(LocalUpdate, counts, vectors),
+    advertised,
+    st.builds(SealedShares, counts, named_bytes, named_bytes, named_bytes, few_bytes),
+    st.builds(MaskedInput, texts, counts, counts, counts, counts, packed),
+    st.builds(Confirmation, counts, few_bytes),
+    st.builds(UnmaskShares, counts, named_bytes, named_bytes, st.none() | advertised),
+    st.builds(Refusal, texts),
+)
+
+
+@st.composite
+def secure_aggregations(draw: st.DrawFn) -> dict[str, float | int]:
+    """Encodings that hold three sites, and how long a stage may take."""
+    numbers = {
+        "value_range": draw(st.floats(1e-6, 1e6)),
+        "fraction_bits": draw(st.integers(1, 30)),
+        "modulus_bits": draw(st.sampled_from(MODULUS_BITS)),
+    }
+    assume(Encoding(**numbers).most_sites >= 3)
+    return {**numbers, "stage_timeout_seconds": draw(st.floats(0.1, 1e4))}
 
 
 @st.composite
@@ -43,7 +103,11 @@ def studies(draw: st.DrawFn) -> StudyConfig:
         "federation": {
             "rounds": draw(st.integers(1, 100_000)),
             "contracted_patients": draw(st.dictionaries(site_names, st.integers(1, 10**6), max_size=3)),
+            "aggregation": draw(st.sampled_from(["secure", "plain"])),
+            "weights": draw(st.sampled_from(["equal", "contracted"])),
+            "minimum_sites": draw(st.integers(2, 3)),
         },
+        "secure_aggregation": draw(secure_aggregations()),
         "performance": {"max_images_at_once": draw(st.integers(1, 4096)), "mixed_precision": draw(st.booleans())},
     }
     return StudyConfig.model_validate(tree)

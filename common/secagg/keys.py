@@ -114,17 +114,22 @@ def confirmed(agreed: Transcript, survivors: Iterable[str]) -> bytes:
     return agreed.label("confirm_survivors", *sorted(survivors))
 
 
-def agree(private: bytes, public: bytes) -> bytes:
+def load(private: bytes) -> X25519PrivateKey:
+    """A private key of 32 bytes, made ready: that costs as much as an agreement, so do it once for many."""
+    return X25519PrivateKey.from_private_bytes(private)
+
+
+def agree(private: X25519PrivateKey, public: bytes) -> bytes:
     """The shared secret of two X25519 keys. Raises BadPeer for a public key of small order or another length."""
     try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise BadPeer("Expected an X25519 public key, found one of another length or of small order.") from None
 
 
 def public_half(private: bytes) -> bytes:
     """The public key of an X25519 private key, 32 bytes each."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    return load(private).public_key().public_bytes_raw()
 
 
 def derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
@@ -132,7 +137,7 @@ def derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
     return HKDF(hashes.SHA256(), KEY_BYTES, salt, info).derive(secret)
 
 
-def pairwise_key(private: bytes, public: bytes, agreed: Transcript, one: str, other: str) -> bytes:
+def pairwise_key(private: X25519PrivateKey, public: bytes, agreed: Transcript, one: str, other: str) -> bytes:
     """The key of the mask that two sites share; the same from both ends.
 
     Args:
@@ -150,13 +155,17 @@ def self_mask_key(self_mask: bytes, agreed: Transcript, site: str) -> bytes:
     return derive(self_mask, agreed.digest, agreed.label("masked_input", site))
 
 
-def seal(private: bytes, public: bytes, agreed: Transcript, sender: str, receiver: str, text: bytes) -> bytes:
+def seal(
+    private: X25519PrivateKey, public: bytes, agreed: Transcript, sender: str, receiver: str, text: bytes
+) -> bytes:
     """Encrypt the one text that ``sender`` sends to ``receiver`` in an attempt (ChaCha20-Poly1305)."""
     label = agreed.label("share_keys", sender, receiver)
     return ChaCha20Poly1305(derive(agree(private, public), agreed.digest, label)).encrypt(_NONCE, text, label)
 
 
-def unseal(private: bytes, public: bytes, agreed: Transcript, sender: str, receiver: str, sealed: bytes) -> bytes:
+def unseal(
+    private: X25519PrivateKey, public: bytes, agreed: Transcript, sender: str, receiver: str, sealed: bytes
+) -> bytes:
     """The inverse of ``seal`` at the receiver. Raises BadPeer for a text that was changed, moved or replayed."""
     label = agreed.label("share_keys", sender, receiver)
     try:

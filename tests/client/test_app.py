@@ -18,16 +18,32 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import app, enrolment, training
 from client.accountant import SiteAccountant
 from client.enrolment import open_study
+from client.identity import pin_roster, simulated_roster
 from client.settings import SiteSettings
 from common import wire
 from common.config import StudyConfig
-from common.errors import BadPeer, BudgetExhausted, ConfigError, PrivacyError, SiteError, TooFewSurvivors
+from common.errors import (
+    BadPeer,
+    BudgetExhausted,
+    ConfigError,
+    OutOfOrder,
+    PrivacyError,
+    ProtocolError,
+    SiteError,
+    TooFewSurvivors,
+)
 from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request
 from common.privacy.accounting import num_steps
 from deploy.phantoms import write_bids
-from tests.client.sites import request_of, study_of
+from tests.client import sites
+from tests.client.sites import request_of
 
 MARKER = "Zebra4711"
+
+
+def study_of(**federation: Any) -> StudyConfig:
+    """The tiny study, its updates sent as they are."""
+    return sites.study_of(federation={"aggregation": "plain", "minimum_sites": 1, **federation})
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +67,14 @@ def site_at(folder: Path, phantoms: Path, name: str = "north", number: int = 1) 
     """A site's folder over its own copy of the phantom patients, whose folder names hold the marker."""
     data = folder / f"{MARKER}-{name}"
     shutil.copytree(phantoms / f"site-{number}", data)
-    settings = SiteSettings(name=name, data=data, folder=folder / f"site-{name}", device="cpu")
+    settings = SiteSettings(name=name, data=data, folder=folder / f"site-{name}", device="cpu", allow_plain=True)
     settings.save()
     return settings.folder
+
+
+def spent(site: Path, study: StudyConfig) -> int:
+    """Steps in the site's accountant."""
+    return num_steps(SiteAccountant(SiteSettings.load(site).study_folder(study.digest), study.digest).history)
 
 
 def ask(
@@ -61,7 +82,7 @@ def ask(
 ) -> tuple[Reply, bytes]:
     """The reply of the site's app, and all its bytes on the wire."""
     content = request if isinstance(request, RecordDict) else wire.pack(request)
-    kind = "query.enrol" if isinstance(request, EnrolRequest) else "train.local_round"
+    kind = "train.local_round" if isinstance(request, RecordDict) else wire.action(request)
     message = Message(content, 1, kind)
     message.metadata.__dict__["_message_id"] = "1"  # private to Flower: a SuperLink would set it
     config = {"site": str(site)} if site is not None else node or {}
@@ -81,15 +102,18 @@ def test_a_site_enrols_and_trains_until_its_budget_is_spent(tmp_path: Path, phan
     assert isinstance(enrolled, Enrolment)
     assert (enrolled.site, enrolled.record_is_patient) == ("north", False)
     assert len(enrolled.holdout_commitment) == 64
+    assert (enrolled.history, enrolled.last_attempt) == ((), 0)
     for round_number in (1, 2, 3):
         update, packed = ask(site, study, request_of(study, round_number, seed=round_number))
         assert isinstance(update, LocalUpdate)
-        assert num_steps(update.history) == 2 * round_number
-        assert np.isfinite(update.generator).all() and (update.generator != 0).any()
+        assert spent(site, study) == 2 * round_number
+        assert np.isfinite(update.vector).all() and (update.vector != 0).any()
         assert MARKER.encode() not in packed
     refused, _ = ask(site, study, request_of(study, 4, seed=4))
     assert refused == Refusal("budget_exhausted")
     assert "6 steps" in log_of(site)
+    again, _ = ask(site, study, EnrolRequest(study.digest))
+    assert isinstance(again, Enrolment) and num_steps(again.history) == 6
 
 
 def test_what_leaves_in_an_enrolment_does_not_depend_on_the_patients(tmp_path: Path, phantoms: Path) -> None:
@@ -118,6 +142,20 @@ def test_a_site_that_never_enrolled_refuses_to_train(tmp_path: Path, phantoms: P
     assert refused == Refusal("site")
 
 
+@pytest.mark.parametrize(("study_says", "site_allows"), [("plain", False), ("secure", True), ("secure", False)])
+def test_an_update_leaves_without_masks_only_when_study_and_site_say_so(
+    study_says: str, site_allows: bool, tmp_path: Path, phantoms: Path
+) -> None:
+    study, folder = study_of(aggregation=study_says, minimum_sites=2), site_at(tmp_path, phantoms)
+    roster = simulated_roster({"north": folder, "south": tmp_path / "site-south"})
+    pin_roster(SiteSettings.load(folder).model_copy(update={"allow_plain": site_allows}), roster)
+    assert isinstance(ask(folder, study, EnrolRequest(study.digest))[0], Enrolment)
+    refused, _ = ask(folder, study, request_of(study))
+    assert refused == Refusal("privacy")
+    assert "without masks" in log_of(folder)
+    assert spent(folder, study) == 0
+
+
 def raising(error: BaseException) -> Callable[..., Any]:
     def fail(*arguments: object, **options: object) -> None:
         raise error
@@ -133,6 +171,8 @@ ERRORS = [
     (ConfigError(TEXT), "config"),
     (BadPeer(TEXT), "bad_peer"),
     (TooFewSurvivors(TEXT), "too_few_survivors"),
+    (OutOfOrder(TEXT), "out_of_order"),
+    (ProtocolError(TEXT), "protocol"),
     (OSError(28, TEXT, f"/data/{MARKER}"), "internal"),
     (FileNotFoundError(2, TEXT, f"/data/{MARKER}"), "internal"),
     (KeyError(MARKER), "internal"),
@@ -152,7 +192,7 @@ def test_every_error_leaves_as_a_bare_code(
     error: BaseException, code: str, handler: str, tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, site = study_of(), tmp_path / "site"
-    SiteSettings(name="north", data=tmp_path / MARKER, folder=site, device="cpu").save()
+    SiteSettings(name="north", data=tmp_path / MARKER, folder=site, device="cpu", allow_plain=True).save()
     monkeypatch.setattr(enrolment, "enrol", raising(error))
     monkeypatch.setattr(enrolment, "open_study", raising(error))
     request = EnrolRequest(study.digest) if handler == "enrol" else request_of(study)
@@ -171,7 +211,7 @@ def test_an_error_within_training_leaves_as_a_bare_code(
     reply, packed = ask(site, study, request_of(study))
     assert reply == Refusal("internal")
     assert MARKER.encode() not in packed
-    assert num_steps(SiteAccountant(open_study(SiteSettings.load(site), study).folder, study.digest).history) == 2
+    assert spent(site, study) == 2
 
 
 @pytest.mark.parametrize("message", ["enrol", "train"])
@@ -197,7 +237,7 @@ def test_a_study_without_a_contract_for_the_site_is_refused(tmp_path: Path) -> N
 
 
 def test_too_few_patients_refuse_without_their_number(tmp_path: Path, phantoms: Path) -> None:
-    study = study_of(federation={"minimum_patients": 13})
+    study = study_of(minimum_patients=13)
     site = site_at(tmp_path, phantoms)
     assert ask(site, study, EnrolRequest(study.digest))[0] == Refusal("site")
     assert "found 12" in log_of(site)

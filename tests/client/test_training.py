@@ -1,6 +1,7 @@
 """One round at a site: charged first, trained from the shared state, answered again for nothing."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from client import training
+from client import training, updates
 from client.accountant import FILE_NAME, SiteAccountant
 from client.training import STATE_FILE, train_round
 from common import progress
 from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
 from common.gan.training import GanTrainer, RealBatch
-from common.messages import LocalUpdate
+from common.messages import LocalUpdate, TrainRequest
 from common.privacy.accounting import epsilon, num_steps
 from common.privacy.plan import make_plan
 from tests.client.sites import IMAGES, cohort_of, request_of, site_of, study_of
@@ -25,27 +26,45 @@ def spent(folder: Path) -> int:
 
 
 def assert_same(one: LocalUpdate, other: LocalUpdate) -> None:
-    np.testing.assert_array_equal(one.generator, other.generator)
-    np.testing.assert_array_equal(one.discriminator, other.discriminator)
-    assert (one.round, one.history) == (other.round, other.history)
+    np.testing.assert_array_equal(one.vector, other.vector)
+    assert one.round == other.round
 
 
-def test_a_round_returns_both_differences_and_what_it_cost(tmp_path: Path) -> None:
+def parts(update: LocalUpdate, request: TrainRequest) -> tuple[np.ndarray, np.ndarray]:
+    """The update of the generator and that of the discriminator."""
+    generator, discriminator = np.split(update.vector, [len(request.generator)])
+    return generator, discriminator
+
+
+def test_a_round_returns_both_differences_and_charges_what_was_planned(tmp_path: Path) -> None:
     at = site_of(tmp_path)
     request = request_of(at.study)
     update = train_round(at, request)
     plan = make_plan(at.study)
     assert plan is not None
     assert update.round == 1
-    assert [(m.sampling_probability, m.noise_multiplier, m.steps) for m in update.history] == [
-        (1.0, plan.mechanism.noise_multiplier, 2)
-    ]
-    for difference, shared in ((update.generator, request.generator), (update.discriminator, request.discriminator)):
+    assert SiteAccountant(tmp_path, at.study.digest).history == (replace(plan.mechanism, steps=2),)
+    assert update.vector.dtype == np.float32
+    for difference, shared in zip(parts(update, request), (request.generator, request.discriminator), strict=True):
         assert difference.shape == shared.shape
-        assert difference.dtype == np.float32
         assert np.isfinite(difference).all()
         assert (difference != 0).mean() > 0.9
         assert abs(difference).max() < 0.01  # two Adam steps at 2e-4
+
+
+def test_an_update_is_weighted_by_the_contract(tmp_path: Path) -> None:
+    """North has 11 patients of the largest site's 44: without noise, its update is a quarter of the unweighted one."""
+    contract = {"north": 11, "south": 44}
+    equal = study_of(privacy={"enabled": False}, federation={"contracted_patients": contract})
+    vectors = []
+    for study in (equal, equal.with_changes("federation", weights="contracted")):
+        folder = tmp_path / study.federation.weights
+        folder.mkdir()
+        at = site_of(folder, study, cohort_of((1,) * 8))
+        vectors.append(train_round(at, request_of(study)).vector)
+        assert_same(train_round(at, request_of(study)), LocalUpdate(1, vectors[-1]))  # weighted once, from its state
+    np.testing.assert_allclose(vectors[1], 0.25 * vectors[0], atol=1e-6)
+    assert abs(vectors[0]).max() > 1e-4
 
 
 def test_the_charge_is_on_disk_before_the_first_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,12 +122,13 @@ def test_a_round_of_as_many_steps_as_planned(tmp_path: Path, monkeypatch: pytest
 def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
     at = site_of(tmp_path)
     for round_number in (1, 2, 3):
-        update = train_round(at, request_of(at.study, round_number))
-        assert num_steps(update.history) == 2 * round_number
+        train_round(at, request_of(at.study, round_number))
+        assert spent(tmp_path) == 2 * round_number
     with pytest.raises(BudgetExhausted, match="6 steps"):
         train_round(at, request_of(at.study, 4))
     assert spent(tmp_path) == 6
-    assert epsilon(update.history, at.study.privacy.delta) <= at.study.privacy.epsilon
+    history = SiteAccountant(tmp_path, at.study.digest).history
+    assert epsilon(history, at.study.privacy.delta) <= at.study.privacy.epsilon
 
 
 def test_a_repeated_request_is_answered_again_and_costs_nothing(
@@ -136,8 +156,38 @@ def test_another_round_or_state_is_trained_and_charged(change: str, tmp_path: Pa
     at = site_of(tmp_path)
     first = train_round(at, request_of(at.study))
     second = train_round(at, request_of(at.study, 2) if change == "round" else request_of(at.study, 1, seed=1))
-    assert num_steps(second.history) == 4
-    assert (first.discriminator != second.discriminator).any()
+    assert spent(tmp_path) == 4
+    assert (first.vector != second.vector).any()
+
+
+def test_an_update_that_has_left_masked_is_trained_anew_under_its_own_charge(tmp_path: Path) -> None:
+    """Masked twice with other sites, the difference of the two sums could be this site's update."""
+    at = site_of(tmp_path)
+    request = request_of(at.study)
+    first = train_round(at, request)
+    updates.note_left(tmp_path)
+    second = train_round(at, request)
+    assert spent(tmp_path) == 4
+    assert (first.vector != second.vector).mean() > 0.9
+    assert_same(train_round(at, request), second)  # this one has not left
+    updates.note_left(tmp_path)
+    third = train_round(at, request)
+    assert spent(tmp_path) == 6
+    assert (second.vector != third.vector).mean() > 0.9
+    updates.note_left(tmp_path)
+    with pytest.raises(BudgetExhausted):
+        train_round(at, request)
+
+
+def test_an_update_that_has_not_left_is_known_as_pending(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    assert not updates.read(tmp_path).pending
+    train_round(at, request_of(at.study))
+    assert updates.read(tmp_path).pending
+    updates.note_left(tmp_path)
+    assert not updates.read(tmp_path).pending
+    train_round(at, request_of(at.study, 2))
+    assert updates.read(tmp_path).pending
 
 
 def stop_after(step: int, error: type[BaseException]) -> progress.Listener:
@@ -177,7 +227,7 @@ def test_a_round_that_was_stopped_goes_on_under_its_own_charge(stopped_after: in
         update = train_round(at, request)
     assert made == [2][stopped_after - 1 :]  # the step that was left, or none
     assert spent(tmp_path) == 2
-    assert (update.discriminator != halfway).any() == (stopped_after == 1)
+    assert (parts(update, request)[1] != halfway).any() == (stopped_after == 1)
     # From another shared state nothing of it is used, and the round is charged anew.
     train_round(at, request_of(at.study, 1, seed=1))
     assert spent(tmp_path) == 4
@@ -192,9 +242,9 @@ def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     accountant.charge(type(plan.mechanism)(1.0, plan.mechanism.noise_multiplier, 5))
     reports: list[tuple[int, int]] = []
     with progress.listening(lambda done, total: reports.append((done, total))):
-        update = train_round(at, request_of(at.study))
+        train_round(at, request_of(at.study))
     assert reports == [(1, 1)]
-    assert num_steps(update.history) == 6
+    assert spent(tmp_path) == 6
 
 
 def test_a_lost_accountant_stops_the_site(tmp_path: Path) -> None:
@@ -240,26 +290,26 @@ def test_a_damaged_state_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
 
 def test_two_sites_with_one_study_seed_differ_in_noise_only(tmp_path: Path) -> None:
     # Equal seed, cohort (all drawn at q = 1, one image each) and shared state: what differs is the noise.
-    updates = []
+    made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         torch.manual_seed(0)
         at = site_of(tmp_path / name, cohort=cohort_of((1,) * 8))
-        updates.append(train_round(at, request_of(at.study)))
-    assert (updates[0].discriminator != updates[1].discriminator).mean() > 0.3
-    assert (updates[0].generator != updates[1].generator).any()
+        made.append(train_round(at, request_of(at.study)))
+    (generators, discriminators) = zip(*(parts(each, request_of(study_of())) for each in made), strict=True)
+    assert (discriminators[0] != discriminators[1]).mean() > 0.3
+    assert (generators[0] != generators[1]).any()
 
 
 def test_without_privacy_nothing_is_charged_and_everything_repeats(tmp_path: Path) -> None:
     study = study_of(privacy={"enabled": False, "sampling_probability": 1.0})
-    updates = []
+    made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         at = site_of(tmp_path / name, study, cohort_of((1,) * 8))
-        updates.append(train_round(at, request_of(study)))
+        made.append(train_round(at, request_of(study)))
         assert not (tmp_path / name / FILE_NAME).exists()
-    assert updates[0].history == ()
-    np.testing.assert_allclose(updates[0].discriminator, updates[1].discriminator, atol=1e-6)
+    np.testing.assert_allclose(made[0].vector, made[1].vector, atol=1e-6)
 
 
 def test_optimizers_go_on_where_the_site_left_them(tmp_path: Path) -> None:
@@ -310,9 +360,10 @@ def test_an_empty_draw_is_trained_and_charged(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(training, "draw_patients", lambda num_patients, q: np.zeros(0, np.intp))
     at = site_of(tmp_path)
     assert training._draw(at).images.shape == (0, 1, 28, 28)
-    update = train_round(at, request_of(at.study))
-    assert num_steps(update.history) == 2
-    assert (update.discriminator != 0).mean() > 0.9
+    request = request_of(at.study)
+    update = train_round(at, request)
+    assert spent(tmp_path) == 2
+    assert (parts(update, request)[1] != 0).mean() > 0.9
 
 
 def test_every_step_draws_patients_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -532,7 +532,7 @@ def dealt(site: SiteRound, cheat: str) -> SealedShares:
     texts = {holder: given["self_mask"][point[holder]] + given["mask_key"][point[holder]] for holder in holders}
     site.held = {name: texts.pop(name)}
     sealed = {
-        holder: keys.seal(site.share_private, site.cohort[holder].share_key, agreed, name, holder, text)
+        holder: keys.seal(keys.load(site.share_private), site.cohort[holder].share_key, agreed, name, holder, text)
         for holder, text in texts.items()
     }
     seed = secrets.token_bytes(32) if cheat == "self_mask: another seed digest" else site.self_mask

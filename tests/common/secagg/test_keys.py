@@ -210,8 +210,9 @@ def test_the_transcript_changes_with_the_roster_the_attempt_and_the_cohort() -> 
 
 # ------------------------------------------------------------ keys of pairs
 
-PRIVATE = {"a": secret(21), "b": secret(22), "c": secret(23)}
-PUBLIC = {name: keys.public_half(private) for name, private in PRIVATE.items()}
+SECRET = {"a": secret(21), "b": secret(22), "c": secret(23)}
+PRIVATE = {name: keys.load(private) for name, private in SECRET.items()}
+PUBLIC = {name: keys.public_half(private) for name, private in SECRET.items()}
 
 
 def pairwise(one: str, other: str, agreed: Transcript = AGREED) -> bytes:
@@ -362,7 +363,7 @@ def test_no_private_half_is_shown() -> None:
             refused()
         shown += [repr(caught.value), "".join(traceback.format_exception(caught.value))]
         assert caught.value.__suppress_context__
-    privates = [*PRIVATE.values(), *(secret(number) for number in (1, 10, 11, 12, 99)), TEXT]
+    privates = [*SECRET.values(), *(secret(number) for number in (1, 10, 11, 12, 99)), TEXT]
     for text, private in itertools.product(shown, privates):
         assert private.hex() not in text
         assert repr(private) not in text

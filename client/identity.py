@@ -117,7 +117,9 @@ def simulated_roster(folders: Mapping[str, Path]) -> Roster:
         with locked(folder / "identity.lock"):  # nodes of Flower's simulation start side by side
             if not (folder / KEY_FILE).exists():
                 make_identity(folder)
-    return make_roster({name: read_public(folder / PUBLIC_FILE) for name, folder in folders.items()})
+    return make_roster(
+        {name: _load_identity(folder).public_key().public_bytes_raw() for name, folder in folders.items()}
+    )
 
 
 def _load_roster(path: Path) -> Roster:

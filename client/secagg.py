@@ -113,7 +113,7 @@ class SiteRound:
         """Enter ``masked_input``: check and open what the others dealt. Nothing is trained before this succeeds.
 
         Raises:
-            BadPeer: a list that no honest server makes, a degenerate key, or a share that was changed, moved or replayed.
+            BadPeer: a list that no honest server makes, a degenerate key, or a share that was altered or replayed.
             TooFewSurvivors: too few sites, or too few of this site's holders, shared.
         """
         self._enter("masked_input")
@@ -160,7 +160,7 @@ class SiteRound:
             raise OutOfOrder("Expected opened shares and no masked input yet.")
         site = self.member.site
         all_masks = [(keys.self_mask_key(self.self_mask, self._transcript, site), True)]
-        all_masks += [(key, site < other) for other, key in self.pairwise.items()]  # one end adds, the other subtracts
+        all_masks += [(key, site < other) for other, key in self.pairwise.items()]  # what one adds, the other subtracts
         try:
             packed, clipped = masks.masked(vector, encoding, all_masks, secrets.token_bytes(32))
         except ValueError:

@@ -71,4 +71,7 @@ def _reply(message: Message) -> Reply:
         reply = wire.unpack(message.content)
     except FederationError:
         return Refusal(MALFORMED)
+    finally:  # Flower's records refer to themselves, so the bytes of a vector would stay until a garbage collection
+        for arrays in message.content.array_records.values():
+            arrays.clear()
     return reply if isinstance(reply, Reply) else Refusal(MALFORMED)

@@ -11,6 +11,7 @@ num_sites * 2^-fraction_bits, and by float32's own rounding where it has more th
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+_ONE = np.float32(1).view(np.uint32)
 MODULUS_BITS = (16, 24, 32)  # whole bytes: a coordinate is sent as modulus_bits / 8 of them
 
 
@@ -67,14 +69,15 @@ def check_capacity(encoding: Encoding, num_sites: int) -> None:
     )
 
 
-def encode(values: Floats, encoding: Encoding, random: Words, out: Words) -> int:
+def encode(values: Floats, encoding: Encoding, random: Words, out: Words, scratch: Words | None = None) -> int:
     """Encode one piece of a vector.
 
     Args:
         values: (n,) float32.
         encoding: the encoding.
-        random: (n,) uniform words that decide the rounding.
+        random: (n,) uniform words that decide the rounding; overwritten.
         out: (n,) the integers, as words mod 2^32; the modulus is a divisor of it.
+        scratch: (n,) words to work in, so that many pieces need no fresh memory; None for fresh ones.
 
     Returns:
         How many coordinates were clipped.
@@ -89,13 +92,21 @@ def encode(values: Floats, encoding: Encoding, random: Words, out: Words) -> int
     if max(-lowest, highest) > encoding.value_range:
         clipped = int(np.count_nonzero(np.abs(values) > encoding.value_range))
         values = np.clip(values, -encoding.value_range, encoding.value_range)
-    scaled = values * np.float32(2.0**encoding.fraction_bits)  # exact: only the exponent changes
-    whole = np.floor(scaled)
-    scaled -= whole
-    scaled *= np.float32(2.0**24)  # float32 has 24 binary places: compare with as many random bits
-    integers = out.view(np.int32)
+    if scratch is None:
+        scratch = np.empty(len(values), np.uint32)
+    fraction, whole = scratch.view(np.float32), out.view(np.float32)
+    np.multiply(values, np.float32(2.0**encoding.fraction_bits), out=fraction)  # exact: only the exponent changes
+    np.floor(fraction, out=whole)
+    np.subtract(fraction, whole, out=fraction)
+    # As a number from 1 to 2 a fraction has its 23 binary places in its low bits: there it meets as many random ones.
+    np.add(fraction, np.float32(1), out=fraction)
+    np.right_shift(random, np.uint32(9), out=random)
+    np.bitwise_or(random, _ONE, out=random)
+    drawn, integers = random.view(np.int32), scratch.view(np.int32)
+    np.subtract(drawn, integers, out=drawn)
+    np.right_shift(drawn, np.int32(31), out=drawn)  # -1 where the draw lies below the fraction, else 0
     integers[:] = whole
-    integers += (random >> np.uint32(8)) < scaled.astype(np.uint32)
+    np.subtract(integers, drawn, out=out.view(np.int32))
     return clipped
 
 
@@ -128,10 +139,21 @@ def pack(words: Words, encoding: Encoding, out: Bytes) -> None:
 
 def unpack(packed: Bytes, encoding: Encoding) -> Words:
     """The inverse of ``pack``: (n * bytes_each,) bytes to (n,) words below 2^modulus_bits."""
-    count = encoding.bytes_each
-    words = np.zeros(len(packed) // count, "<u4")
-    little = words.view(np.uint8).reshape(-1, 4)
-    rows = packed.reshape(-1, count)
-    for position in range(count):
-        little[:, position] = rows[:, position]
-    return words.astype(np.uint32, copy=False)
+    words = np.zeros(len(packed) // encoding.bytes_each, np.uint32)
+    add_bytes(words, packed, encoding)
+    return words & np.uint32(2**encoding.modulus_bits - 1)
+
+
+def add_bytes(total: Words, packed: Bytes, encoding: Encoding) -> None:
+    """Add packed words to ``total``, (n,), mod 2^modulus_bits: what stands above these bits has no meaning."""
+    if encoding.bytes_each != 3:
+        total += packed.view(f"<u{encoding.bytes_each}")
+    elif len(total):
+        # Reads four bytes at each third: the fourth lands above the modulus. Behind the last word there is none.
+        total[:-1] += _spaced(packed, "<u4", len(total) - 1)
+        total[-1] += np.uint32(int.from_bytes(packed[-3:].tobytes(), "little"))
+
+
+def _spaced(data: Bytes, dtype: str, count: int) -> NDArray[Any]:
+    """(count,) numbers of ``dtype`` that begin three bytes apart."""
+    return np.ndarray((count,), dtype, data, 0, (3,))

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from common.secagg.encoding import Bytes, Encoding, Floats, Words, encode, pack, unpack
+from common.secagg.encoding import Bytes, Encoding, Floats, Words, add_bytes, encode, pack
 
-PIECE = 1 << 16  # words: 256 KiB, so that a piece and its keystream stay in the second-level cache
+PIECE = 1 << 15  # words: 128 KiB, so that a piece, its keystream and scratch stay in the second-level cache
 WORDS_A_BLOCK = 4  # an AES block is 16 bytes
 MOST_THREADS = 4
 Mask = tuple[bytes, bool]  # key of 32 bytes; True to add the mask, False to subtract it
@@ -41,11 +41,12 @@ def masked(values: Floats, encoding: Encoding, masks: Sequence[Mask], rounding_k
 
     def work(start: int, stop: int) -> int:
         rounding, streams, clipped = _stream(rounding_key, start), _streams(masks, start), 0
-        words, keystream = np.empty(PIECE, np.uint32), bytearray(4 * PIECE + 15)
+        words, scratch, keystream = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32), _buffer()
         for begin in range(start, stop, PIECE):
             end = min(begin + PIECE, stop)
             piece = words[: end - begin]
-            clipped += encode(values[begin:end], encoding, _next(rounding, len(piece), keystream), piece)
+            random = _next(rounding, len(piece), keystream)
+            clipped += encode(values[begin:end], encoding, random, piece, scratch[: len(piece)])
             _apply(streams, piece, keystream)
             pack(piece, encoding, out[begin * encoding.bytes_each : end * encoding.bytes_each])
         return clipped
@@ -62,7 +63,7 @@ def apply(total: Words, masks: Sequence[Mask]) -> None:
     """
 
     def work(start: int, stop: int) -> int:
-        streams, keystream = _streams(masks, start), bytearray(4 * PIECE + 15)
+        streams, keystream = _streams(masks, start), _buffer()
         for begin in range(start, stop, PIECE):
             _apply(streams, total[begin : min(begin + PIECE, stop)], keystream)
         return 0
@@ -75,7 +76,7 @@ def add_packed(total: Words, packed: Bytes, encoding: Encoding) -> None:
     count = encoding.bytes_each
     for begin in range(0, len(total), PIECE):
         piece = total[begin : begin + PIECE]
-        piece += unpack(packed[begin * count : (begin + len(piece)) * count], encoding)
+        add_bytes(piece, packed[begin * count : (begin + len(piece)) * count], encoding)
 
 
 def _stream(key: bytes, start: int) -> CipherContext:
@@ -86,6 +87,10 @@ def _stream(key: bytes, start: int) -> CipherContext:
 
 def _streams(masks: Sequence[Mask], start: int) -> list[tuple[CipherContext, bool]]:
     return [(_stream(key, start), add) for key, add in masks]
+
+
+def _buffer() -> bytearray:
+    return bytearray(4 * PIECE + 15)  # update_into wants room for one more block
 
 
 _ZEROS = memoryview(bytes(4 * PIECE))

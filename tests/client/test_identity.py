@@ -1,7 +1,8 @@
 """A site's key and roster: made once, for its owner only, and refused whenever one does not fit the other."""
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,15 +203,14 @@ def test_threads_that_start_side_by_side_make_one_roster(tmp_path: Path) -> None
     assert {roster.digest for roster in rosters} == {rosters[0].digest}
 
 
-def _digest_of(folders: dict[str, Path]) -> str:
-    return simulated_roster(folders).digest
-
-
 def test_processes_that_start_side_by_side_make_one_roster(tmp_path: Path) -> None:
     folders = {f"site-{number}": tmp_path / f"site-{number}" for number in range(6)}
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        digests = pool.map(_digest_of, [folders] * 8, chunksize=1)
-    assert set(digests) == {simulated_roster(folders).digest}
+    code = "import sys; from pathlib import Path; from client.identity import simulated_roster; "
+    code += "print(simulated_roster({Path(name).name: Path(name) for name in sys.argv[1:]}).digest)"
+    command = [sys.executable, "-c", code, *map(str, folders.values())]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    digests = {process.communicate(timeout=60)[0].strip() for process in running}
+    assert digests == {simulated_roster(folders).digest}
 
 
 def test_a_simulation_killed_between_the_two_files_of_a_key_goes_on(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_damaged_file_stops_the_site_rather_than_letting_an_update_leave_twice
 ) -> None:
     note_left(tmp_path)
     (tmp_path / FILE_NAME).write_bytes(content)
-    for use in (lambda: read(tmp_path), lambda: note_made(tmp_path, ONE), lambda: note_left(tmp_path)):
+    for use in (lambda: read(tmp_path), lambda: note_made(tmp_path, OTHER), lambda: note_left(tmp_path)):
         with pytest.raises(SiteError, match="damaged"):
             use()
     assert (tmp_path / FILE_NAME).read_bytes() == content

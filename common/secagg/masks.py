@@ -1,24 +1,21 @@
 """Masks: AES-256-CTR keystreams added to a vector word by word, mod 2^32.
 
 A mask is used whole or not at all, so a key of its own and counter 0 define it. Long vectors are worked through in
-pieces that stay in the processor's cache, all masks on one piece before the next, by a few threads.
+pieces that stay in the processor's cache, all masks on one piece before the next. One thread does it: two were no
+faster unless their pieces were so long that they took more memory than the vector itself.
 
 **Guarantee.** A vector plus the mask of one unknown key is indistinguishable from uniform words (AES-256 in counter
 mode is a pseudo-random generator); keys come from HKDF-SHA256 or the operating system, and no key makes two masks.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from common.secagg.encoding import Bytes, Encoding, Floats, Words, add_bytes, encode, pack
 
-PIECE = 1 << 15  # words: 128 KiB, so that a piece, its keystream and scratch stay in the second-level cache
-WORDS_A_BLOCK = 4  # an AES block is 16 bytes
-MOST_THREADS = 4
+PIECE = 1 << 16  # words: 256 KiB, so that a piece, its keystream and scratch stay in the second-level cache
 Mask = tuple[bytes, bool]  # key of 32 bytes; True to add the mask, False to subtract it
 
 
@@ -37,21 +34,17 @@ def masked(values: Floats, encoding: Encoding, masks: Sequence[Mask], rounding_k
     Raises:
         ValueError: a value is not finite.
     """
-    out = np.empty(len(values) * encoding.bytes_each, np.uint8)
-
-    def work(start: int, stop: int) -> int:
-        rounding, streams, clipped = _stream(rounding_key, start), _streams(masks, start), 0
-        words, scratch, keystream = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32), _buffer()
-        for begin in range(start, stop, PIECE):
-            end = min(begin + PIECE, stop)
-            piece = words[: end - begin]
-            random = _next(rounding, len(piece), keystream)
-            clipped += encode(values[begin:end], encoding, random, piece, scratch[: len(piece)])
-            _apply(streams, piece, keystream)
-            pack(piece, encoding, out[begin * encoding.bytes_each : end * encoding.bytes_each])
-        return clipped
-
-    return out, sum(_in_threads(work, len(values)))
+    out, clipped = np.empty(len(values) * encoding.bytes_each, np.uint8), 0
+    rounding, streams = _stream(rounding_key), _streams(masks)
+    words, scratch, keystream = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32), _buffer()
+    for begin in range(0, len(values), PIECE):
+        end = min(begin + PIECE, len(values))
+        piece = words[: end - begin]
+        random = _next(rounding, len(piece), keystream)
+        clipped += encode(values[begin:end], encoding, random, piece, scratch[: len(piece)])
+        _apply(streams, piece, keystream)
+        pack(piece, encoding, out[begin * encoding.bytes_each : end * encoding.bytes_each])
+    return out, clipped
 
 
 def apply(total: Words, masks: Sequence[Mask]) -> None:
@@ -61,14 +54,9 @@ def apply(total: Words, masks: Sequence[Mask]) -> None:
         total: (dim,) words mod 2^32.
         masks: keys and signs.
     """
-
-    def work(start: int, stop: int) -> int:
-        streams, keystream = _streams(masks, start), _buffer()
-        for begin in range(start, stop, PIECE):
-            _apply(streams, total[begin : min(begin + PIECE, stop)], keystream)
-        return 0
-
-    _in_threads(work, len(total))
+    streams, keystream = _streams(masks), _buffer()
+    for begin in range(0, len(total), PIECE):
+        _apply(streams, total[begin : begin + PIECE], keystream)
 
 
 def add_packed(total: Words, packed: Bytes, encoding: Encoding) -> None:
@@ -79,14 +67,13 @@ def add_packed(total: Words, packed: Bytes, encoding: Encoding) -> None:
         add_bytes(piece, packed[begin * count : (begin + len(piece)) * count], encoding)
 
 
-def _stream(key: bytes, start: int) -> CipherContext:
-    """The keystream of ``key`` from word ``start`` (a multiple of four) on."""
-    counter = (start // WORDS_A_BLOCK).to_bytes(16, "big")
-    return Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
+def _stream(key: bytes, counter: int = 0) -> CipherContext:
+    """The keystream of ``key`` from a block on."""
+    return Cipher(algorithms.AES256(key), modes.CTR(counter.to_bytes(16, "big"))).encryptor()
 
 
-def _streams(masks: Sequence[Mask], start: int) -> list[tuple[CipherContext, bool]]:
-    return [(_stream(key, start), add) for key, add in masks]
+def _streams(masks: Sequence[Mask]) -> list[tuple[CipherContext, bool]]:
+    return [(_stream(key), add) for key, add in masks]
 
 
 def _buffer() -> bytearray:
@@ -106,15 +93,3 @@ def _apply(streams: Sequence[tuple[CipherContext, bool]], piece: Words, keystrea
     for stream, add in streams:
         words = _next(stream, len(piece), keystream)
         (np.add if add else np.subtract)(piece, words, out=piece)
-
-
-def _in_threads(work: Callable[[int, int], int], dim: int) -> list[int]:
-    """Call ``work(start, stop)`` for a few ranges that cover ``dim`` words; the ciphers and numpy release the GIL."""
-    pieces = -(-dim // PIECE)
-    count = max(1, min(MOST_THREADS, os.cpu_count() or 1, pieces))
-    starts = [pieces * number // count * PIECE for number in range(count)]
-    ranges = list(zip(starts, [*starts[1:], dim], strict=True))
-    if count == 1:
-        return [work(*only) for only in ranges]
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda both: work(*both), ranges))

@@ -1,6 +1,5 @@
-"""Masks against AES computed block by block, for any threads and pieces; and what a masked vector looks like."""
+"""Masks against AES computed block by block, for any pieces; and what a masked vector looks like."""
 
-import os
 import tracemalloc
 from collections.abc import Callable, Sequence
 
@@ -47,52 +46,26 @@ def naively_masked(values: Floats, encoding: Encoding, all_masks: Sequence[Mask]
     return out
 
 
-def with_threads(monkeypatch: pytest.MonkeyPatch, cores: int | None, most: int = 64) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(masks, "MOST_THREADS", most)
-
-
 # ------------------------------------------------------------ the mask of a key
 
 
-@pytest.mark.parametrize("cores", [1, 2, 3, 4, 64])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_mask_is_aes_in_counter_mode(length: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_threads(monkeypatch, cores)
+def test_a_mask_is_aes_in_counter_mode(length: int) -> None:
     assert np.array_equal(mask_of(key(1), length), keystream(key(1), length))
-
-
-def test_an_unknown_number_of_cores_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_threads(monkeypatch, None)
-    assert np.array_equal(mask_of(key(1), PIECE + 1), keystream(key(1), PIECE + 1))
-
-
-def test_no_more_threads_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranges: list[tuple[int, int]] = []
-
-    def work(start: int, stop: int) -> int:
-        ranges.append((start, stop))
-        return stop - start
-
-    with_threads(monkeypatch, 64, most=3)
-    assert sum(masks._in_threads(work, 10 * PIECE + 1)) == 10 * PIECE + 1
-    assert sorted(ranges) == [(0, 3 * PIECE), (3 * PIECE, 7 * PIECE), (7 * PIECE, 10 * PIECE + 1)]
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     length=st.integers(0, 200),
     piece=st.sampled_from([4, 16, 32, PIECE]),
-    cores=st.integers(1, 9),
     signs=st.lists(st.booleans(), max_size=4),
     bits=st.sampled_from(MODULUS_BITS),
 )
 def test_masking_is_encoding_plus_masks(
-    length: int, piece: int, cores: int, signs: list[bool], bits: int, monkeypatch: pytest.MonkeyPatch
+    length: int, piece: int, signs: list[bool], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the pieces and the threads; small pieces stand for long vectors."""
+    """Whatever the pieces; small ones stand for long vectors."""
     monkeypatch.setattr(masks, "PIECE", piece)
-    with_threads(monkeypatch, cores)
     encoding = Encoding(1, 7, bits)
     values = np.random.default_rng(length).normal(0, 0.6, length).astype(np.float32)
     all_masks = [(key(number), add) for number, add in enumerate(signs)]
@@ -101,11 +74,9 @@ def test_masking_is_encoding_plus_masks(
     assert clipped == np.count_nonzero(np.abs(values) > 1)
 
 
-@pytest.mark.parametrize("cores", [1, 4])
 @pytest.mark.parametrize("bits", MODULUS_BITS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_masking_at_the_real_pieces(length: int, bits: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_threads(monkeypatch, cores)
+def test_masking_at_the_real_pieces(length: int, bits: int) -> None:
     encoding = Encoding(1, 7, bits)
     values = np.random.default_rng(length).normal(0, 0.6, length).astype(np.float32)
     all_masks = [(key(1), True), (key(2), False), (key(3), True)]
@@ -272,9 +243,8 @@ def test_the_statistic_sees_masks_that_the_attacker_undid(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", MODULUS_BITS)
-def test_masking_holds_the_result_and_a_few_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never a second copy of the vector, clipped coordinates or not; four threads have ten pieces each at most."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+def test_masking_holds_the_result_and_a_few_pieces(bits: int) -> None:
+    """Never a second copy of the vector, clipped coordinates or not."""
     values = np.random.default_rng(1).normal(0, 1, 4_000_000).astype(np.float32)
     encoding = Encoding(1, 5, bits)
     all_masks = [(key(number), True) for number in range(5)]
@@ -284,13 +254,12 @@ def test_masking_holds_the_result_and_a_few_pieces(bits: int, monkeypatch: pytes
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    few_pieces = 4 * 10 * 4 * PIECE
+    few_pieces = 10 * 4 * PIECE
     assert few_pieces < values.nbytes
     assert packed.nbytes < peak < packed.nbytes + few_pieces
 
 
-def test_removing_masks_holds_a_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+def test_removing_masks_holds_a_few_pieces() -> None:
     total, packed = np.zeros(4_000_000, np.uint32), np.zeros(12_000_000, np.uint8)
     tracemalloc.start()
     try:
@@ -299,4 +268,4 @@ def test_removing_masks_holds_a_few_pieces(monkeypatch: pytest.MonkeyPatch) -> N
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 4 * 3 * 4 * PIECE < total.nbytes
+    assert peak < 3 * 4 * PIECE < total.nbytes

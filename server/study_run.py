@@ -1,10 +1,8 @@
 """The server's flow of a whole study: warm start, enrolment, rounds, and what the run leaves."""
 
 import logging
-import re
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +13,21 @@ from common.errors import INTERNAL, BudgetExhausted, ConfigError, FederationErro
 from common.gan import losses, networks
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector
-from common.messages import Enrolment, EnrolRequest, Refusal, Reply
+from common.messages import Enrolment
 from common.privacy import accounting
 from common.privacy.accounting import History
 from common.privacy.plan import PrivacyPlan, make_plan
 from server import charging, checkpoints, record, synthesis
 from server.aggregation import GanState, aggregate
-from server.channel import MALFORMED, Channel
-from server.record import RunRecord, SiteRecord
+from server.channel import Channel
+from server.enrolment import enrol
+from server.record import RunRecord
 from server.round import PlainRounds, RoundOutcome, Rounds
 from server.secure_round import SecureRounds
 from server.warm_start import warm_start
 
 logger = logging.getLogger("synthward.server")
-NODES_TIMEOUT_SECONDS = 600.0
 ATTEMPTS_A_ROUND = 2
-ENROLMENT_CHANGED, OTHER_ROSTER = "enrolment_changed", "other_roster"
 
 
 def run_study(
@@ -62,7 +59,7 @@ def run_study(
         run, state = _begin(study, out, torch_device, plan, refused or {})
     before = run.seconds.get("total", 0.0)
     try:
-        enrolled = _enrol(study, channel, run, plan)
+        enrolled = enrol(study, channel, run, plan)
         rounds = _rounds(study, channel, enrolled)
         attempts = 0
         while state.round < study.federation.rounds:
@@ -164,93 +161,6 @@ def _resume(study: StudyConfig, out: Path, device: torch.device) -> tuple[RunRec
     for site in run.sites:  # the last round counts only if its checkpoint was written
         site.rounds = [number for number in site.rounds if number <= state.round]
     return run, state
-
-
-def _enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPlan | None) -> dict[int, Enrolment]:
-    """Ask every connected site to take part. Returns what those that will have said, by node id."""
-    started = time.monotonic()
-    contract, minimum = study.federation.contracted_patients, study.federation.minimum_sites
-    nodes = channel.nodes(minimum, max(minimum, len(contract)), NODES_TIMEOUT_SECONDS)
-    # A site checks all of its files before it answers, which takes as long as a round may.
-    requests = dict.fromkeys(nodes, EnrolRequest(study.digest))
-    answers = dict(channel.ask(requests, "enrol", study.federation.round_timeout_seconds))
-    enrolled: dict[int, Enrolment] = {}
-    # A resumed run asks all sites of the contract anew; those refused in preparation are not in it.
-    run.refused_sites = {name: code for name, code in run.refused_sites.items() if name not in contract}
-    run.refused_nodes = []
-    roster = _common_roster(contract, answers.values())
-    for node, reply in sorted(answers.items()):
-        if isinstance(reply, Refusal):
-            run.refused_nodes.append(reply.code)
-        elif not isinstance(reply, Enrolment) or reply.site not in contract or not _has_identity(study, reply):
-            run.refused_nodes.append(MALFORMED)
-        elif reply.site in {other.site for other in enrolled.values()}:
-            run.refused_nodes.append(MALFORMED)
-        elif reply.roster_digest != roster:
-            run.refused_sites[reply.site] = OTHER_ROSTER
-        elif not _enter(study, plan, run, reply):
-            run.refused_sites[reply.site] = ENROLMENT_CHANGED
-        else:
-            enrolled[node] = reply
-    refusals = sorted([*run.refused_sites.values(), *run.refused_nodes])
-    if refusals:
-        logger.warning("sites that take no part: %s", ", ".join(refusals))
-    order = list(contract)
-    run.sites.sort(key=lambda site: order.index(site.name))
-    run.notice = record.notice(study, any(site.record_is_patient for site in run.sites))
-    run.seconds["enrolment"] = round(time.monotonic() - started, 3)
-    if len(enrolled) < minimum:
-        raise TooFewSurvivors(
-            f"Expected at least {minimum} sites to enrol, got {len(enrolled)}"
-            f" (refused: {', '.join(refusals) or 'none'}).",
-            "Look into the logs in the sites' folders; `synthward data check` says what a site would refuse.",
-        )
-    return enrolled
-
-
-def _has_identity(study: StudyConfig, reply: Enrolment) -> bool:
-    """Whether the site gave a public key, where the study needs one. Whose it is, only the other sites can tell."""
-    return study.federation.aggregation == "plain" or re.fullmatch("[0-9a-f]{64}", reply.identity) is not None
-
-
-def _common_roster(contract: Collection[str], replies: Iterable[Reply]) -> str:
-    """The digest of the roster that most sites have pinned; a site with another one could not verify the rest."""
-    pinned = {reply.site: reply.roster_digest for reply in replies if isinstance(reply, Enrolment)}
-    digests = Counter(digest for site, digest in pinned.items() if site in contract)
-    return min(digests, key=lambda digest: (-digests[digest], digest), default="")
-
-
-def _enter(study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, reply: Enrolment) -> bool:
-    """Put a site into the record. False when it says what cannot be true, or what the record contradicts."""
-    site = next((site for site in run.sites if site.name == reply.site), None)
-    if site is not None and (site.holdout_commitment, site.record_is_patient) != (
-        reply.holdout_commitment,
-        reply.record_is_patient,
-    ):
-        return False
-    if site is None:
-        site = _new_site(study, reply)
-    if not charging.is_possible(study, plan, site, reply.history):
-        return False
-    charging.enrol(site, reply.history)
-    if site not in run.sites:
-        run.sites.append(site)
-    return True
-
-
-def _new_site(study: StudyConfig, reply: Enrolment) -> SiteRecord:
-    trained, held_out = study.contracted_split(reply.site)
-    delta = study.privacy.delta if study.privacy.enabled else None
-    return SiteRecord(
-        name=reply.site,
-        epsilon=None if delta is None else 0.0,
-        delta=delta,
-        accountant="none" if delta is None else "rdp",
-        patients_trained=trained,
-        patients_held_out=held_out,
-        holdout_commitment=reply.holdout_commitment,
-        record_is_patient=reply.record_is_patient,
-    )
 
 
 class _Clock:

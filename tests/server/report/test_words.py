@@ -6,8 +6,8 @@ import pytest
 from common.config import StudyConfig
 from common.errors import INTERNAL, FederationError
 from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR
+from server.enrolment import ENROLMENT_CHANGED, OTHER_ROSTER
 from server.report import charts, words
-from server.study_run import ENROLMENT_CHANGED, OTHER_ROSTER
 
 COORDINATORS = (MALFORMED, NO_ANSWER, NODE_ERROR, ENROLMENT_CHANGED, OTHER_ROSTER)
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import secrets
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
         load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
         logger.info("round %d: goes on after step %d", request.round, step)
     else:
-        update_id, step, num_steps = secrets.token_hex(16), 0, _charge(accountant, plan, at.study)
+        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(accountant, plan, at.study)
 
     def update() -> tuple[Vector, Vector]:
         return (

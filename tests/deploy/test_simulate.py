@@ -438,8 +438,7 @@ def test_a_lost_accountant_is_never_replaced(copied: Path) -> None:
         accountant.unlink()
     result = synthward("simulate", "--resume", copied)
     assert result.status == 4
-    # The record knows what they have answered: whoever says that it has spent less is not believed.
-    facts = RunRecord.load(copied)
-    assert facts.refused_sites == {"north": "enrolment_changed", "south": "enrolment_changed", "small": "site"}
+    facts = RunRecord.load(copied)  # each site itself refuses, before it says that it has spent nothing
+    assert (facts.refused_sites, facts.refused_nodes) == ({"small": "site"}, ["privacy", "privacy"])
     assert charged(facts) == [6, 6]
     assert not list(copied.glob("sites/*/studies/*/accountant.json"))

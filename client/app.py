@@ -18,6 +18,7 @@ from client.identity import load_member, pin_roster, simulated_roster
 from client.log import site_log
 from client.secure_round import SecureSite
 from client.settings import SiteSettings
+from client.updates import MadeUpdate
 from common import wire
 from common.config import StudyConfig
 from common.errors import INTERNAL, BadPeer, FederationError, PrivacyError, SiteError
@@ -94,7 +95,8 @@ def _local_round(request: TrainRequest, study: StudyConfig, settings: SiteSettin
         raise PrivacyError(
             "The server asked for an update without masks.", "For public data only: allow_plain = true in site.toml."
         )
-    return train_round(open_study(settings, study), request)
+    made = train_round(open_study(settings, study), request)
+    return LocalUpdate(made.round, made.vector)
 
 
 def _advertise_keys(request: AdvertiseKeysRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
@@ -106,7 +108,7 @@ def _share_keys(request: ShareKeysRequest, study: StudyConfig, settings: SiteSet
 
 
 def _masked_input(request: MaskedInputRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    def train(train_request: TrainRequest) -> LocalUpdate:
+    def train(train_request: TrainRequest) -> MadeUpdate:
         from client.enrolment import open_study
         from client.training import train_round
 

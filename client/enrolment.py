@@ -10,7 +10,7 @@ from client.accountant import SiteAccountant
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
 from client.identity import load_member
-from client.round_file import last_attempt
+from client.round_file import RoundFile, last_attempt
 from client.settings import SiteSettings
 from client.training import STATE_FILE, SiteStudy
 from common.config import StudyConfig
@@ -53,6 +53,7 @@ def enrol(settings: SiteSettings, study: StudyConfig) -> Enrolment:
     if study.federation.aggregation == "plain":
         return Enrolment(settings.name, commitment, settings.record_is_patient, accountant.history)
     member = load_member(settings)
+    RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
     return Enrolment(
         settings.name,
         commitment,

@@ -1,9 +1,10 @@
 """What a site keeps of a secure sum between two messages, each of which may reach a new process.
 
 **Guarantee.** The secrets of an attempt are on disk sealed only (ChaCha20-Poly1305 under a key derived from the site's
-identity key), in a file for its owner's eyes, and for as long as the attempt lasts; a replaced or ended file is
-overwritten before it goes. Overwriting reaches the disk's blocks only where the file system writes in place; the
-sealing does not depend on it. The newest attempt served is on disk before its keys leave, so none is served twice.
+identity key), in a file for its owner's eyes, until the attempt ends here; one that a crash or a failed run cut off is
+erased when the site is next asked to enrol or begins another. A replaced or ended file is overwritten before it goes.
+Overwriting reaches the disk's blocks only where the file system writes in place; the sealing does not depend on it. The
+newest attempt served is on disk before its keys leave, so none is served twice.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from client import updates
 from client.identity import Member
 from client.secagg import SiteRound
 from common.errors import OutOfOrder, SiteError
@@ -77,10 +79,11 @@ class RoundFile:
         with locked(self._folder / LOCK_FILE):
             self._save(current)
 
-    def end(self) -> None:
-        """Overwrite and unlink the secrets."""
+    def end(self, number: int) -> None:
+        """Overwrite and unlink the secrets of this attempt, and of any before it."""
         with locked(self._folder / LOCK_FILE):
-            self._erase()
+            if last_attempt(self._folder) <= number:
+                self._erase()
 
     def _load(self) -> SiteRound:
         try:
@@ -106,12 +109,16 @@ class RoundFile:
         path = self._folder / ROUND_FILE
         with _overwritten(path):
             path.unlink(missing_ok=True)
+        for unfinished in self._folder.glob(f".{ROUND_FILE}.*"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
 
 
 def last_attempt(folder: Path) -> int:
     """The newest attempt served in the study of this folder, 0 for none. Raises SiteError for a damaged file."""
     path = folder / SERVED_FILE
     if not path.exists():
+        if (folder / updates.FILE_NAME).exists():
+            raise SiteError(f"{path} is gone.", "Restore it: without it an attempt could be served twice.")
         return 0
     try:
         number = json.loads(path.read_bytes())["attempt"]

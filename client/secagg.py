@@ -7,8 +7,10 @@ fails raises, and whoever drives the machine ends the attempt here.
 **Guarantee.** The only thing that derives from this site's update is the masked vector of ``masked_input``. It is
 uniformly random to everybody who lacks either this site's ``self_mask`` or one of its pairwise masks. This site opens,
 for any one site, a share of the first or of the second, never both, once, and only after its own holders have signed
-the same survivors. With h holders and threshold t, the update stays hidden from an honest server with t - 1 colluding
-holders, and from an active one with 2t - h - 1 (a third of them): that many could sign two lists of survivors.
+the same survivors. Masks cancel only between sites that were shown the same shared state. With h holders and threshold
+t, nothing but the sum is learned by an honest server with t - 1 colluding holders, nor by an active one with 2t - h - 1
+(a third of them): one more could sign two lists of survivors. From the sum everyone can subtract its own part: with two
+or three sites, or after as many dropouts as the threshold allows, t - 1 colluders are left with one site's update.
 """
 
 import secrets
@@ -135,9 +137,12 @@ class SiteRound:
             if len(opened) != 2 * shares.SHARE_BYTES:
                 raise BadPeer("Expected two shares in a sealed text, found another length.")
             self.held[sender] = opened
+        state = request.train.digest
         for other in (set(self.picks) & sharers) | senders:
             shared = self.cohort[other].mask_key
-            self.pairwise[other] = keys.pairwise_key(mask_private, shared, self._transcript, self.member.site, other)
+            self.pairwise[other] = keys.pairwise_key(
+                mask_private, shared, self._transcript, state, self.member.site, other
+            )
         self.share_private = self.mask_private = b""
         self.sharers = tuple(sorted(sharers))
 

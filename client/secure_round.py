@@ -9,13 +9,13 @@ from client import updates
 from client.accountant import SiteAccountant
 from client.identity import Member
 from client.round_file import RoundFile
+from client.updates import MadeUpdate
 from common.config import StudyConfig
 from common.errors import BudgetExhausted, ConfigError, FederationError, ProtocolError
 from common.messages import (
     AdvertiseKeysRequest,
     Confirmation,
     ConfirmSurvivorsRequest,
-    LocalUpdate,
     MaskedInput,
     MaskedInputRequest,
     SealedShares,
@@ -64,7 +64,7 @@ def share_keys(at: SecureSite, request: ShareKeysRequest) -> SealedShares:
 
 
 def masked_input(
-    at: SecureSite, request: MaskedInputRequest, train: Callable[[TrainRequest], LocalUpdate]
+    at: SecureSite, request: MaskedInputRequest, train: Callable[[TrainRequest], MadeUpdate]
 ) -> MaskedInput:
     """Check and open the shares, train, mask, and note that this update has left.
 
@@ -81,15 +81,17 @@ def masked_input(
         attempt.open_shares(request)
     try:
         update = train(request.train)
-    except BaseException:
-        at.file.end()
+    except BaseException as error:
+        if isinstance(error, BudgetExhausted):
+            updates.give_up(at.folder)  # so that the next attempt is refused where it costs nobody anything
+        at.file.end(request.attempt)
         raise
     try:
         with at.file.stage(request.attempt) as attempt:
-            updates.note_left(at.folder)
+            updates.note_left(at.folder, update.id)
             message, clipped = attempt.masked_input(update.vector, at.study.secure_aggregation.encoding, update.round)
     except (FederationError, OSError) as error:  # a code of its own: others tell the server that nothing was spent
-        raise ProtocolError(f"The update was made and is lost: {error}") from error
+        raise ProtocolError(f"The update was made and not sent: {error}") from error
     # Site's own log: how many coordinates were clipped derives from patients.
     logger.info("round %d: %d of %d coordinates clipped to the value range", update.round, clipped, message.length)
     return message
@@ -105,7 +107,7 @@ def unmask(at: SecureSite, request: UnmaskRequest) -> UnmaskShares:
     """Open the shares, end the attempt, and advertise keys if another follows. Raises ProtocolError."""
     with at.file.stage(request.attempt) as attempt:
         opened = attempt.unmask(request)
-    at.file.end()
+    at.file.end(request.attempt)
     try:
         next_keys = _advertise(at, request.attempt + 1) if request.another else None
     except (FederationError, OSError) as error:  # what is opened counts; without keys the site sits out one attempt

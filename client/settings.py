@@ -64,7 +64,9 @@ class SiteSettings(BaseModel):
             tree = tomllib.loads(path.read_text())
             return cls.model_validate({**tree, "folder": folder})
         except OSError as error:
-            raise SiteError(f"Cannot read {path}: {error.strerror}.", "Give the folder of a site.") from None
+            raise SiteError(
+                f"Cannot read {path}: {error.strerror}.", "Give the folder of a site: `synthward site init` makes one."
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SiteError(f"{path} is not TOML: {error}.", "Correct the line.") from None
         except ValidationError as error:

@@ -16,14 +16,15 @@ import torch
 from client import updates
 from client.accountant import SiteAccountant
 from client.data.slices import PreparedCohort
+from client.updates import MadeUpdate
 from common import progress
 from common.config import StudyConfig
-from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
+from common.errors import BadPeer, BudgetExhausted, FederationError, PrivacyError, ProtocolError, SiteError
 from common.files import locked, write_atomically
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
-from common.messages import LocalUpdate, TrainRequest, Vector
+from common.messages import TrainRequest, Vector
 from common.privacy.accounting import Mechanism
 from common.privacy.accounting import num_steps as num_steps_of
 from common.privacy.plan import PrivacyPlan, check_delta, make_plan
@@ -59,13 +60,13 @@ class SiteStudy:
         return max(1, round(self.study.privacy.sampling_probability * self.num_patients))
 
 
-def train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
+def train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
     """Train one round, one process at a time: two would release two updates under one charge. See ``_train_round``."""
     with locked(at.folder / "training.lock"):
         return _train_round(at, request)
 
 
-def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
+def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
     """Train both networks for one round and return their differences.
 
     A round that this site has already finished from the same shared state is answered from its state file: the update
@@ -94,7 +95,9 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
     same = saved is not None and saved["source"] == source and saved["id"] != left
     if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
-        return _weighted(at, request.round, saved["generator"].numpy(), saved["discriminator"].numpy())
+        return _weighted(
+            at, request.round, str(saved["id"]), saved["generator"].numpy(), saved["discriminator"].numpy()
+        )
 
     trainer = _restore(at, plan, request, saved)  # refuses a shared state that does not fit before anything is charged
     if saved is not None and same:
@@ -116,15 +119,18 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
         made = {"id": update_id, "source": source, "step": step, "num_steps": num_steps}
         _save_state(at.folder, made, trainer, *update())
 
-    _train(at, trainer, range(step, num_steps), request.round, keep)
-    keep(num_steps)
-    return _weighted(at, request.round, *update())
+    try:
+        _train(at, trainer, range(step, num_steps), request.round, keep)
+        keep(num_steps)
+    except FederationError as error:  # a code of its own: others tell the server that nothing was spent
+        raise ProtocolError(f"The round was charged and failed: {error}") from error
+    return _weighted(at, request.round, update_id, *update())
 
 
-def _weighted(at: SiteStudy, number: int, generator: Vector, discriminator: Vector) -> LocalUpdate:
+def _weighted(at: SiteStudy, number: int, update_id: str, generator: Vector, discriminator: Vector) -> MadeUpdate:
     """The update as it is summed: the server divides by the weights of those in the sum."""
     weight = np.float32(at.study.site_weight(at.site))
-    return LocalUpdate(number, np.concatenate([generator, discriminator]) * weight)
+    return MadeUpdate(number, np.concatenate([generator, discriminator]) * weight, update_id)
 
 
 def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyConfig) -> int:

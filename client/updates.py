@@ -10,8 +10,24 @@ from pathlib import Path
 
 from common.errors import SiteError
 from common.files import write_atomically
+from common.messages import Vector
 
 FILE_NAME = "updates.json"
+
+
+@dataclass(frozen=True)
+class MadeUpdate:
+    """What training made: not masked, so it stays at the site.
+
+    Args:
+        round: the round.
+        vector: the weighted update, generator then discriminator, (dim,) float32.
+        id: random; the same whenever the same update is read again.
+    """
+
+    round: int
+    vector: Vector
+    id: str
 
 
 @dataclass(frozen=True)
@@ -52,10 +68,14 @@ def note_made(folder: Path, update: str) -> None:
     _write(folder, replace(read(folder), made=update))
 
 
-def note_left(folder: Path) -> None:
-    """The saved update is about to leave; call this before it does."""
-    updates = read(folder)
-    _write(folder, replace(updates, left=updates.made))
+def note_left(folder: Path, update: str) -> None:
+    """An update is about to leave; call this before it does."""
+    _write(folder, replace(read(folder), left=update))
+
+
+def give_up(folder: Path) -> None:
+    """The saved update will never be asked for again."""
+    note_left(folder, read(folder).made)
 
 
 def _write(folder: Path, updates: Updates) -> None:

@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   synthward simulate study.toml --site a=DIR --site b=DIR   train on the data of two sites
   synthward simulate --resume runs/try                      go on after Ctrl-C
   synthward generate runs/try --count 100 --out images      draw synthetic images
-  synthward site keygen FOLDER                              make a site's identity key
+  synthward site init FOLDER --name north --data SCANS      write a site's settings; then site keygen, site pin
   synthward roster make north=a.pub south=b.pub --out roster.json
 
 exit status: 0 done, 1 a defect (please report it), 2 wrong usage or configuration, 3 refused by a site,
@@ -237,8 +237,22 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    site = commands.add_parser("site", help="make a site's identity key, pin the roster")
+    site = commands.add_parser("site", help="write a site's settings, make its key, pin the roster")
     parts = site.add_subparsers(required=True, metavar="COMMAND")
+    init = parts.add_parser(
+        "init",
+        help="write a site's settings, site.toml",
+        epilog="example: synthward site init /srv/synthward/north --name north --data /srv/scans --minimum-cohort 3",
+    )
+    init.add_argument("folder", type=Path, metavar="FOLDER", help="the site's own folder; made when absent")
+    init.add_argument("--name", required=True, metavar="NAME", help="the site's name in study and roster")
+    init.add_argument("--data", type=Path, required=True, metavar="PATH", help="the site's images, only read")
+    init.add_argument(
+        "--minimum-cohort", type=_positive, default=2, metavar="N", help="join no sum over fewer sites (default 2)"
+    )
+    _add_debug(init)
+    init.set_defaults(run=_site_init)
+
     keygen = parts.add_parser(
         "keygen",
         help="make the key that signs for a site; its private half never leaves the folder",
@@ -258,6 +272,12 @@ def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     pin.add_argument("--digest", required=True, metavar="HEX", help="the digest that the coordinator told you")
     _add_debug(pin)
     pin.set_defaults(run=_site_pin)
+
+
+def _site_init(options: argparse.Namespace) -> None:
+    from deploy.identities import init
+
+    init(options.folder.resolve(), options.name, options.data, options.minimum_cohort)
 
 
 def _site_keygen(options: argparse.Namespace) -> None:

@@ -1,13 +1,24 @@
-"""``synthward site`` and ``synthward roster``: a site's key, the consortium's roster, and the site's pin on it."""
+"""``synthward site`` and ``synthward roster``: a site's settings and key, the roster, and the site's pin on it."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from client.identity import KEY_FILE, load_member, make_identity, pin_roster, read_public
-from client.settings import SiteSettings
+from client.settings import FILE_NAME, SiteSettings
 from common.errors import ConfigError
 from common.secagg.roster import load_roster, make_roster
+
+
+def init(folder: Path, name: str, data: Path, minimum_cohort: int) -> None:
+    """Write a site's settings. Raises ConfigError when there are some, or a name or path is wrong."""
+    path = folder / FILE_NAME
+    if path.exists():
+        raise ConfigError(f"{path} exists already.", "Edit it, or give another folder.")
+    if not data.is_dir():
+        raise ConfigError(f"{data} is not a folder.", "Give the folder of the site's images.")
+    SiteSettings.checked(name=name, data=data.resolve(), folder=folder, minimum_cohort=minimum_cohort).save()
+    print(path)
 
 
 def keygen(folder: Path) -> None:

@@ -17,6 +17,7 @@ from common import progress
 from common.config import StudyConfig
 from common.errors import INTERNAL, ConfigError, FederationError, SiteError
 from common.files import write_atomically
+from common.secagg.encoding import check_capacity
 from deploy.local_grid import LocalGrid, UserConfig
 from deploy.progress_bars import ProgressBars
 
@@ -101,6 +102,7 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
     Returns the study with the contract of the sites that take part, and the code of each of the others.
     """
     study = simulation.study
+    _check_number(study, len(simulation.sites))
     contract = dict(study.federation.contracted_patients)
     roster = simulated_roster({settings.name: settings.folder for settings in simulation.sites})
     taking_part: dict[str, int] = {}
@@ -130,6 +132,20 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
             "Each site's reason stands above and in its site.log.",
         )
     return study.with_changes("federation", contracted_patients=taking_part), refused
+
+
+def _check_number(study: StudyConfig, num_sites: int) -> None:
+    """Refuse a number of sites that no data can help, before any data are read."""
+    if num_sites < study.federation.minimum_sites:
+        raise ConfigError(
+            f"Expected at least {study.federation.minimum_sites} sites, found {num_sites}.",
+            'Give more sites; one alone needs federation.minimum_sites = 1 and aggregation = "plain".',
+        )
+    if study.federation.aggregation == "secure":
+        try:
+            check_capacity(study.secure_aggregation.encoding, num_sites)
+        except ValueError as error:
+            raise ConfigError(f"secure_aggregation: {error}.", "Correct the study.") from None
 
 
 def _prepare(settings: SiteSettings, study: StudyConfig) -> int:

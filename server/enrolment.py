@@ -53,8 +53,10 @@ def enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPla
         else:
             enrolled[node] = reply
     refusals = sorted([*run.refused_sites.values(), *run.refused_nodes])
-    if refusals:
-        logger.warning("sites that take no part: %s", ", ".join(refusals))
+    missing = sorted(set(contract) - {site.site for site in enrolled.values()})
+    if missing or refusals:
+        names, codes = ", ".join(missing) or "none of the contract", ", ".join(refusals) or "no answer"
+        logger.warning("sites that take no part: %s (%s); their logs say why", names, codes)
     order = list(contract)
     run.sites.sort(key=lambda site: order.index(site.name))
     run.notice = record.notice(study, any(site.record_is_patient for site in run.sites))
@@ -62,7 +64,7 @@ def enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPla
     if len(enrolled) < minimum:
         raise TooFewSurvivors(
             f"Expected at least {minimum} sites to enrol, got {len(enrolled)}"
-            f" (refused: {', '.join(refusals) or 'none'}).",
+            f" (missing: {', '.join(missing)}; refused: {', '.join(refusals) or 'none'}).",
             "Look into the logs in the sites' folders; `synthward data check` says what a site would refuse.",
         )
     return enrolled

@@ -70,6 +70,7 @@ class SecureSum:
         self.cohort = dict(cohort)
         self._agreed = keys.make_transcript(plan.attempt, plan.roster_digest, cohort.values())
         self._dealt: dict[str, SealedShares] = {}  # by sharer
+        self._state = ""  # digest of the request to train
         self._total = np.zeros(plan.length, np.uint32)
         self._summed: set[str] = set()  # whose masked input is in the total
         self._confirmed: dict[str, bytes] = {}  # by site, its signature
@@ -113,6 +114,7 @@ class SecureSum:
         self._enter("masked_input")
         self._check_minimum("share_keys", self._dealt)
         self._check_holders("share_keys", self._dealt, self._dealt)
+        self._state = train.digest
         return {
             name: MaskedInputRequest(
                 self.plan.attempt.number,
@@ -199,7 +201,7 @@ class SecureSum:
                 continue
             private = keys.load(self._rebuild("mask_key", name))
             for other in partners:
-                key = keys.pairwise_key(private, self.cohort[other].mask_key, self._agreed, name, other)
+                key = keys.pairwise_key(private, self.cohort[other].mask_key, self._agreed, self._state, name, other)
                 removed.append((key, not other < name))
         masks.apply(self._total, removed)
         return decode(self._total, self.plan.encoding)
@@ -260,9 +262,10 @@ class SecureSum:
     def _check_holders(self, stage: str, owners: Iterable[str], left: Collection[str]) -> None:
         """Whether those left can still open the secret of each owner that has a mask in the sum."""
         for owner in owners:
-            holders = len(self._holders(owner) & set(left))
-            if holders < self._threshold(owner):
-                self._too_few(stage, f"{self._threshold(owner)} holders of the shares of {owner}", holders)
+            holders = self._holders(owner)
+            if len(holders & set(left)) < self._threshold(owner):
+                needed = f"{self._threshold(owner)} of the {len(holders)} holders of a site's shares"
+                self._too_few(stage, needed, len(holders & set(left)))
 
     def _expect(self, stage: str, number: int, site: str, asked: Iterable[str], answered: Iterable[str]) -> None:
         if self.stage != stage:
@@ -275,8 +278,7 @@ class SecureSum:
     def _too_few(self, stage: str, needed: str, found: int) -> NoReturn:
         self.stage = STAGES[-1]  # nothing follows
         raise TooFewSurvivors(
-            f"The secure sum of round {self.plan.round} ended after {stage}: it needs {needed}, {found} are left.",
-            "The next attempt begins with fresh keys.",
+            f"The secure sum of round {self.plan.round} ended after {stage}: it needs {needed}, {found} are left."
         )
 
 

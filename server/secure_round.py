@@ -50,6 +50,7 @@ class SecureRounds:
         self._last_attempt = max(site.last_attempt for site in enrolled.values())
         self._keys: dict[str, AdvertisedKeys] = {}  # on hand for the next attempt
         self._succeeded = False
+        self._failed: set[str] = set()  # fell out of a failed attempt when asked to train
 
     def run(self, state: GanState, before_training: Callable[[tuple[str, ...]], None]) -> RoundOutcome:
         """See Rounds."""
@@ -58,6 +59,7 @@ class SecureRounds:
         refusals: dict[str, str] = {}
         if not self._succeeded or len(self._keys) < self._study.federation.minimum_sites:
             self._collect_keys(plan, refusals)
+        self._failed = set()
         secure_sum, self._keys, self._succeeded = SecureSum(plan, self._keys), {}, False
         try:
             self._share_keys(secure_sum, refusals)
@@ -70,14 +72,16 @@ class SecureRounds:
             # Keys of the next attempt may be out and lost, and no site serves a number twice: begin with the one after.
             self._last_attempt, self._keys = self._last_attempt + 1, {}
             return RoundOutcome(None, secure_sum.survivors, refusals, str(error))
-        self._succeeded = True
+        self._succeeded, self._failed = True, set()
         return RoundOutcome(AggregateUpdate(total, secure_sum.survivors), secure_sum.survivors, refusals)
 
     # ------------------------------------------------------------ the exchanges
 
     def _collect_keys(self, plan: SumPlan, refusals: dict[str, str]) -> None:
         request = AdvertiseKeysRequest(plan.attempt.study_digest, plan.attempt.number)
-        requests = {name: request for name in self._nodes if name not in self._keys}
+        left = set(self._nodes) - self._failed  # who failed in training would let the others train for nothing again
+        asked = left if len(left) >= self._study.federation.minimum_sites else set(self._nodes)
+        requests = {name: request for name in sorted(asked) if name not in self._keys}
         self._exchange(plan, "advertise_keys", requests, {AdvertisedKeys: self._taker(plan)}, refusals)
 
     def _share_keys(self, secure_sum: SecureSum, refusals: dict[str, str]) -> None:
@@ -106,6 +110,7 @@ class SecureRounds:
             AdvertisedKeys: self._taker(following),
         }
         self._exchange(plan, "masked_input", requests, takers, refusals, until=set(secure_sum.sharers))
+        self._failed = set(secure_sum.sharers) - set(secure_sum.survivors)
 
     def _confirm_survivors(self, secure_sum: SecureSum, refusals: dict[str, str]) -> None:
         requests = secure_sum.confirm_requests()

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from common.errors import BadPeer
 
 PROTOCOL = "synthward secure aggregation 1"
-KEY_BYTES, SIGNATURE_BYTES = 32, 64
+KEY_BYTES = 32
 _NONCE = bytes(12)  # every sealing key seals one message only
 
 
@@ -137,17 +137,23 @@ def derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
     return HKDF(hashes.SHA256(), KEY_BYTES, salt, info).derive(secret)
 
 
-def pairwise_key(private: X25519PrivateKey, public: bytes, agreed: Transcript, one: str, other: str) -> bytes:
-    """The key of the mask that two sites share; the same from both ends.
+def pairwise_key(
+    private: X25519PrivateKey, public: bytes, agreed: Transcript, state: str, one: str, other: str
+) -> bytes:
+    """The key of the mask that two sites share; the same from both ends, if both were shown the same shared state.
+
+    A server could else show the others a state on which their updates vanish, and read one site's from the sum
+    (Pasquini et al. 2022, "Eluding Secure Aggregation in Federated Learning via Model Inconsistency").
 
     Args:
         private: one end's private mask key.
         public: the other end's public mask key.
         agreed: the transcript.
+        state: digest of the request that the masked updates answer.
         one: name of either end.
         other: name of the other.
     """
-    return derive(agree(private, public), agreed.digest, agreed.label("masked_input", *sorted((one, other))))
+    return derive(agree(private, public), agreed.digest, agreed.label("masked_input", state, *sorted((one, other))))
 
 
 def self_mask_key(self_mask: bytes, agreed: Transcript, site: str) -> bytes:
@@ -171,4 +177,4 @@ def unseal(
     try:
         return ChaCha20Poly1305(derive(agree(private, public), agreed.digest, label)).decrypt(_NONCE, sealed, label)
     except (InvalidTag, ValueError):
-        raise BadPeer("Expected a share sealed for this site and attempt, found another text.") from None
+        raise BadPeer(f"Expected a share that {sender} sealed for this site and attempt, found another text.") from None

@@ -35,12 +35,12 @@ from client import secure_round
 from client.identity import Member
 from client.secagg import SiteRound
 from client.secure_round import SecureSite
+from client.updates import MadeUpdate
 from common import wire
 from common.config import StudyConfig
 from common.messages import (
     AdvertiseKeysRequest,
     ConfirmSurvivorsRequest,
-    LocalUpdate,
     MaskedInputRequest,
     Reply,
     Request,
@@ -305,7 +305,9 @@ class _OnDisk:
             case ShareKeysRequest():
                 return secure_round.share_keys(self._at, request)
             case MaskedInputRequest():
-                return secure_round.masked_input(self._at, request, lambda train: LocalUpdate(train.round, vector))
+                return secure_round.masked_input(
+                    self._at, request, lambda train: MadeUpdate(train.round, vector, "update")
+                )
             case ConfirmSurvivorsRequest():
                 return secure_round.confirm_survivors(self._at, request)
             case UnmaskRequest():

@@ -196,6 +196,7 @@ class Attacker:
         self.dealt: dict[str, SealedShares] = {}
         self.masked: dict[str, MaskedInput] = {}
         self.told: dict[str, tuple[str, ...]] = {}  # by site, the sharers it masked for
+        self.shown: dict[str, str] = {}  # by site, digest of the shared state it trained from
         self.confirmed: dict[str, bytes] = {}
         self.opened: dict[str, UnmaskShares] = {}
         self.private: dict[str, bytes] = {}  # of colluders: mask keys
@@ -215,6 +216,7 @@ class Attacker:
                 self.dealt[name] = reply
             case MaskedInput() if isinstance(request, MaskedInputRequest):
                 self.masked[name], self.told[name] = reply, request.sharers
+                self.shown[name] = request.train.digest
             case Confirmation():
                 self.confirmed[name] = reply.signature
             case UnmaskShares():
@@ -321,7 +323,8 @@ class Attacker:
             for one, end in ((victim, other), (other, victim)):
                 private = self.secret_of("mask_key", one) if other != victim else None
                 if private:
-                    key = keys.pairwise_key(keys.load(private), self.keys[end].mask_key, self.transcript, victim, other)
+                    loaded, shared = keys.load(private), self.keys[end].mask_key
+                    key = keys.pairwise_key(loaded, shared, self.transcript, self.shown[victim], victim, other)
                     removed.append((key, not victim < other))
                     break
         masks.apply(total, removed)

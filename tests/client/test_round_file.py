@@ -70,7 +70,7 @@ class OnDisk:
         for name, unmask_request in server.unmask_requests().items():
             with self.file(name).stage(1) as site:
                 server.take_unmask_shares(name, site.unmask(unmask_request))
-            self.file(name).end()
+            self.file(name).end(10**9)
         yield "unmask"
 
     def up_to(self, stage: str) -> "OnDisk":

@@ -130,8 +130,8 @@ def test_a_masked_vector_is_the_encoded_one_plus_its_self_mask_plus_and_minus_pa
         total,
         [
             (keys.self_mask_key(seed, agreed, "b"), False),
-            (keys.pairwise_key(private, public["a"], agreed, "b", "a"), True),
-            (keys.pairwise_key(private, public["c"], agreed, "b", "c"), False),
+            (keys.pairwise_key(private, public["a"], agreed, consortium.train.digest, "b", "a"), True),
+            (keys.pairwise_key(private, public["c"], agreed, consortium.train.digest, "b", "c"), False),
         ],
     )
     assert clipped == 0

@@ -10,9 +10,10 @@ import pytest
 from client import secure_round, training, updates
 from client.accountant import SiteAccountant
 from client.log import site_log
-from client.round_file import ROUND_FILE, last_attempt
+from client.round_file import ROUND_FILE, SERVED_FILE, last_attempt
 from client.secure_round import SecureSite
 from client.training import SiteStudy, train_round
+from client.updates import MadeUpdate
 from common import progress
 from common.config import StudyConfig
 from common.errors import (
@@ -28,7 +29,6 @@ from common.errors import (
 )
 from common.messages import (
     AdvertiseKeysRequest,
-    LocalUpdate,
     MaskedInputRequest,
     TrainRequest,
     UnmaskShares,
@@ -40,7 +40,7 @@ from tests.client.secure_sites import make_sites, secure_site, secure_study
 from tests.client.sites import cohort_of, request_of
 
 SITES = ("north", "south")
-Train = Callable[[TrainRequest], LocalUpdate]
+Train = Callable[[TrainRequest], MadeUpdate]
 
 
 class Pair:
@@ -119,7 +119,7 @@ def pair(tmp_path: Path) -> Pair:
 
 
 def raising(error: BaseException) -> Train:
-    def train(request: TrainRequest) -> LocalUpdate:
+    def train(request: TrainRequest) -> MadeUpdate:
         raise error
 
     return train
@@ -155,11 +155,12 @@ def test_rounds_follow_one_another_on_the_keys_that_came_before_until_the_budget
 
 def test_an_update_that_was_made_and_waits_takes_part_though_all_is_spent(tmp_path: Path) -> None:
     pair = Pair(tmp_path, secure_study(SITES, federation={"rounds": 1}))
+    pair.begin(1)
     for name in SITES:
         pair.trainer(name)(pair.train)  # as before a crash: made, never sent
     before = {name: pair.saved(name) for name in SITES}
     assert [pair.steps(name) for name in SITES] == [2, 2]  # the whole budget
-    pair.finish(pair.begin(1))
+    pair.finish(pair.begin(2))
     assert pair.server is not None
     assert np.abs(pair.server.result() - sum(before.values())).max() < bound(pair)
     assert [pair.steps(name) for name in SITES] == [2, 2]
@@ -238,7 +239,7 @@ def test_an_update_that_was_made_and_cannot_be_sent_has_a_code_of_its_own(
 ) -> None:
     requests = pair.begin(1)
 
-    def train(request: TrainRequest) -> LocalUpdate:
+    def train(request: TrainRequest) -> MadeUpdate:
         update = pair.trainer("north")(request)
         meanwhile(pair)
         return update
@@ -252,8 +253,8 @@ def test_an_update_that_was_made_and_cannot_be_sent_has_a_code_of_its_own(
 def test_an_update_that_is_not_finite_does_not_leave(pair: Pair) -> None:
     requests = pair.begin(1)
 
-    def broken(request: TrainRequest) -> LocalUpdate:
-        return LocalUpdate(1, np.full(pair.length, np.nan, np.float32))
+    def broken(request: TrainRequest) -> MadeUpdate:
+        return MadeUpdate(1, np.full(pair.length, np.nan, np.float32), "broken")
 
     with pytest.raises(ProtocolError) as caught:
         pair.mask("north", requests["north"], broken)
@@ -266,7 +267,9 @@ def test_how_much_was_clipped_stays_in_the_sites_own_log(pair: Pair) -> None:
     large = np.zeros(pair.length, np.float32)
     large[:1234] = 7
     with site_log(folder):
-        message = secure_round.masked_input(pair.at("north"), requests["north"], lambda request: LocalUpdate(1, large))
+        message = secure_round.masked_input(
+            pair.at("north"), requests["north"], lambda request: MadeUpdate(1, large, "large")
+        )
     assert f"1234 of {pair.length} coordinates clipped" in (folder / "site.log").read_text()
     assert set(vars(message)) == {"study_digest", "attempt", "round", "length", "modulus_bits", "packed"}
 
@@ -288,7 +291,7 @@ def test_the_same_round_in_a_second_attempt_is_trained_anew_under_its_own_charge
 def test_an_update_whose_attempt_ended_before_it_left_is_sent_by_the_next_without_a_charge(pair: Pair) -> None:
     requests = pair.begin(1)
 
-    def killed(request: TrainRequest) -> LocalUpdate:
+    def killed(request: TrainRequest) -> MadeUpdate:
         pair.trainer("north")(request)
         raise KeyboardInterrupt  # the process dies right after the update is on disk
 
@@ -345,7 +348,7 @@ def test_no_update_leaves_twice_when_two_attempts_overlap(pair: Pair) -> None:
     later = request_of(pair.study, 2, seed=2)
     left: list[np.ndarray] = []
 
-    def slow(request: TrainRequest) -> LocalUpdate:
+    def slow(request: TrainRequest) -> MadeUpdate:
         update = pair.trainer("north")(request)
         pair.train = later
         for name, newer in pair.begin(2).items():
@@ -382,3 +385,70 @@ def test_a_file_of_updates_that_is_damaged_stops_the_site(pair: Pair) -> None:
         pair.mask("north", requests["north"])
     assert caught.value.code == "site"
     assert pair.ended("north")
+
+
+def test_a_saved_update_that_nobody_asks_for_lets_a_spent_site_join_once_only(tmp_path: Path) -> None:
+    """It would else join every attempt, leave when it is to train, and let the others train for nothing."""
+    pair = Pair(tmp_path, secure_study(SITES, federation={"rounds": 1}))
+    pair.begin(1)
+    pair.trainer("north")(pair.train)
+    assert pair.steps("north") == 2 and updates.read(pair.at("north").folder).pending
+    pair.train = request_of(pair.study, 1, seed=5)  # the server has another state now
+    requests = pair.begin(2)
+    with pytest.raises(BudgetExhausted):
+        pair.mask("north", requests["north"])
+    with pytest.raises(BudgetExhausted):
+        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 3))
+
+
+def test_an_update_leaves_once_though_another_was_noted_and_never_saved(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noted as made, then the disk was full: the saved update is still the one before, and may leave once."""
+    requests = pair.begin(1)
+
+    def killed(request: TrainRequest) -> MadeUpdate:
+        pair.trainer("north")(request)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pair.mask("north", requests["north"], killed)
+    saved, first = pair.saved("north"), pair.train
+    updates.note_made(pair.at("north").folder, "never saved")
+    requests = pair.begin(2)
+    pair.train = first
+    pair.mask("north", requests["north"])
+    assert np.array_equal(pair.saved("north"), saved)
+    requests = pair.begin(3)
+    pair.mask("north", requests["north"])
+    assert not np.array_equal(pair.saved("north"), saved)
+    assert pair.steps("north") == 4
+
+
+def test_a_failure_after_the_charge_has_a_code_that_says_so(pair: Pair) -> None:
+    requests, folder = pair.begin(1), pair.at("north").folder
+
+    def damaged(done: int, total: int) -> None:
+        (folder / updates.FILE_NAME).write_bytes(b"{")
+
+    with progress.listening(damaged), pytest.raises(ProtocolError) as caught:
+        pair.mask("north", requests["north"])
+    assert caught.value.code == "protocol"
+    assert pair.steps("north") == 2
+
+
+def test_secrets_that_a_crash_left_are_erased_when_the_site_enrols(pair: Pair) -> None:
+    pair.begin(1)
+    assert not pair.ended("north")
+    (pair.at("north").folder / f".{ROUND_FILE}.abc").write_bytes(b"of a process that was killed while it wrote")
+    file = pair.at("north").file
+    file.end(last_attempt(pair.at("north").folder))
+    assert pair.ended("north")
+    assert not list(pair.at("north").folder.glob(f"*{ROUND_FILE}*"))
+
+
+def test_a_lost_count_of_attempts_is_refused(pair: Pair) -> None:
+    pair.finish(pair.begin(1))
+    (pair.at("north").folder / SERVED_FILE).unlink()
+    with pytest.raises(SiteError, match="is gone"):
+        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 1))

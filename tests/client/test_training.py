@@ -12,10 +12,11 @@ import torch
 from client import training, updates
 from client.accountant import FILE_NAME, SiteAccountant
 from client.training import STATE_FILE, train_round
+from client.updates import MadeUpdate
 from common import progress
 from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
 from common.gan.training import GanTrainer, RealBatch
-from common.messages import LocalUpdate, TrainRequest
+from common.messages import TrainRequest
 from common.privacy.accounting import epsilon, num_steps
 from common.privacy.plan import make_plan
 from tests.client.sites import IMAGES, cohort_of, request_of, site_of, study_of
@@ -25,12 +26,12 @@ def spent(folder: Path) -> int:
     return num_steps(SiteAccountant(folder, study_of().digest).history)
 
 
-def assert_same(one: LocalUpdate, other: LocalUpdate) -> None:
+def assert_same(one: MadeUpdate, other: MadeUpdate) -> None:
     np.testing.assert_array_equal(one.vector, other.vector)
     assert one.round == other.round
 
 
-def parts(update: LocalUpdate, request: TrainRequest) -> tuple[np.ndarray, np.ndarray]:
+def parts(update: MadeUpdate, request: TrainRequest) -> tuple[np.ndarray, np.ndarray]:
     """The update of the generator and that of the discriminator."""
     generator, discriminator = np.split(update.vector, [len(request.generator)])
     return generator, discriminator
@@ -62,7 +63,7 @@ def test_an_update_is_weighted_by_the_contract(tmp_path: Path) -> None:
         folder.mkdir()
         at = site_of(folder, study, cohort_of((1,) * 8))
         vectors.append(train_round(at, request_of(study)).vector)
-        assert_same(train_round(at, request_of(study)), LocalUpdate(1, vectors[-1]))  # weighted once, from its state
+        assert_same(train_round(at, request_of(study)), MadeUpdate(1, vectors[-1], ""))  # weighted once, from its state
     np.testing.assert_allclose(vectors[1], 0.25 * vectors[0], atol=1e-6)
     assert abs(vectors[0]).max() > 1e-4
 
@@ -165,16 +166,16 @@ def test_an_update_that_has_left_masked_is_trained_anew_under_its_own_charge(tmp
     at = site_of(tmp_path)
     request = request_of(at.study)
     first = train_round(at, request)
-    updates.note_left(tmp_path)
+    updates.note_left(tmp_path, updates.read(tmp_path).made)
     second = train_round(at, request)
     assert spent(tmp_path) == 4
     assert (first.vector != second.vector).mean() > 0.9
     assert_same(train_round(at, request), second)  # this one has not left
-    updates.note_left(tmp_path)
+    updates.note_left(tmp_path, updates.read(tmp_path).made)
     third = train_round(at, request)
     assert spent(tmp_path) == 6
     assert (second.vector != third.vector).mean() > 0.9
-    updates.note_left(tmp_path)
+    updates.note_left(tmp_path, updates.read(tmp_path).made)
     with pytest.raises(BudgetExhausted):
         train_round(at, request)
 
@@ -184,7 +185,7 @@ def test_an_update_that_has_not_left_is_known_as_pending(tmp_path: Path) -> None
     assert not updates.read(tmp_path).pending
     train_round(at, request_of(at.study))
     assert updates.read(tmp_path).pending
-    updates.note_left(tmp_path)
+    updates.note_left(tmp_path, updates.read(tmp_path).made)
     assert not updates.read(tmp_path).pending
     train_round(at, request_of(at.study, 2))
     assert updates.read(tmp_path).pending

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.updates import FILE_NAME, Updates, note_left, note_made, read
+from client.updates import FILE_NAME, Updates, give_up, note_left, note_made, read
 from common.errors import SiteError
 
 ONE, OTHER = "1a" * 32, "2b" * 32
@@ -17,24 +17,27 @@ def test_an_update_waits_from_when_it_is_made_until_it_has_left(tmp_path: Path) 
     assert read(tmp_path) == Updates() and not read(tmp_path).pending
     note_made(tmp_path, ONE)
     assert read(tmp_path) == Updates(made=ONE) and read(tmp_path).pending
-    note_left(tmp_path)
+    note_left(tmp_path, ONE)
     assert read(tmp_path) == Updates(made=ONE, left=ONE) and not read(tmp_path).pending
     note_made(tmp_path, OTHER)
     assert read(tmp_path) == Updates(made=OTHER, left=ONE) and read(tmp_path).pending
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.sampled_from([ONE, OTHER, "left"]), max_size=6))
-def test_every_note_keeps_what_the_other_said(notes: list[str]) -> None:
+@given(st.lists(st.tuples(st.sampled_from(["made", "left", "given up"]), st.sampled_from([ONE, OTHER])), max_size=6))
+def test_every_note_keeps_what_the_other_said(notes: list[tuple[str, str]]) -> None:
     expected = Updates()
     with TemporaryDirectory() as name:
-        for note in notes:
-            if note == "left":
-                note_left(Path(name))
-                expected = Updates(expected.made, expected.made)
+        for kind, update in notes:
+            if kind == "made":
+                note_made(Path(name), update)
+                expected = Updates(update, expected.left)
+            elif kind == "left":
+                note_left(Path(name), update)
+                expected = Updates(expected.made, update)
             else:
-                note_made(Path(name), note)
-                expected = Updates(note, expected.left)
+                give_up(Path(name))
+                expected = Updates(expected.made, expected.made)
         assert read(Path(name)) == expected
 
 
@@ -49,9 +52,9 @@ def test_the_file_is_for_its_owner_only(tmp_path: Path) -> None:
 def test_a_damaged_file_stops_the_site_rather_than_letting_an_update_leave_twice(
     content: bytes, tmp_path: Path
 ) -> None:
-    note_left(tmp_path)
+    note_left(tmp_path, ONE)
     (tmp_path / FILE_NAME).write_bytes(content)
-    for use in (lambda: read(tmp_path), lambda: note_made(tmp_path, OTHER), lambda: note_left(tmp_path)):
+    for use in (lambda: read(tmp_path), lambda: note_made(tmp_path, OTHER), lambda: note_left(tmp_path, ONE)):
         with pytest.raises(SiteError, match="damaged"):
             use()
     assert (tmp_path / FILE_NAME).read_bytes() == content

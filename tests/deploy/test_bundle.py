@@ -115,7 +115,8 @@ from client.identity import load_member, pin_roster, simulated_roster
 from client.settings import SiteSettings
 from common import wire
 from common.config import StudyConfig
-from common.messages import AdvertiseKeysRequest, LocalUpdate, TrainRequest
+from client.updates import MadeUpdate
+from common.messages import AdvertiseKeysRequest, TrainRequest
 from common.secagg.keys import Attempt
 from server.secagg import SecureSum, SumPlan, check_keys
 
@@ -139,7 +140,7 @@ def ask(name, request):
 def mask(name, request):
     settings = SiteSettings.load(folders[name])
     at = secure_round.SecureSite(study, load_member(settings), settings.study_folder(study.digest))
-    return secure_round.masked_input(at, request, lambda train: LocalUpdate(1, np.full(3, 0.25, np.float32)))
+    return secure_round.masked_input(at, request, lambda train: MadeUpdate(1, np.full(3, 0.25, np.float32), "update"))
 
 handled = []
 plan = SumPlan(Attempt(study.digest, 1), 1, 3, study.secure_aggregation.encoding, 2, roster.digest, roster.sites)

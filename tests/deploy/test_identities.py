@@ -103,3 +103,23 @@ def test_wrong_files_and_names_are_refused_and_nothing_is_overwritten(consortium
     done = synthward("roster", "make", f"north={public}", "--out", consortium / "roster.json")
     assert (done.status, "exists already" in done.err) == (2, True)
     assert synthward("roster", "digest", consortium / "north/site.toml").status == 2
+
+
+def test_init_writes_the_settings_that_the_other_commands_need(tmp_path: Path) -> None:
+    scans, folder = tmp_path / "scans", tmp_path / "north"
+    scans.mkdir()
+    arguments = ("site", "init", folder, "--name", "north", "--data", scans)
+    assert synthward(*arguments, "--minimum-cohort", 3).status == 0
+    settings = SiteSettings.load(folder)
+    assert (settings.name, settings.data, settings.minimum_cohort) == ("north", scans.resolve(), 3)
+    assert not settings.allow_plain
+    again = synthward(*arguments)
+    assert (again.status, "exists already" in again.err) == (2, True)
+    for wrong, reason in (
+        (("--name", "a b", "--data", scans), "name"),
+        (("--name", "a", "--data", tmp_path / "missing"), "not a folder"),
+        (("--name", "a", "--data", scans, "--minimum-cohort", 1), "minimum_cohort"),
+    ):
+        done = synthward("site", "init", tmp_path / "other", *wrong)
+        assert (done.status, reason in done.err) == (2, True), done.err
+        assert not (tmp_path / "other" / "site.toml").exists()

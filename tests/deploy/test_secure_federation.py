@@ -23,9 +23,10 @@ import client.training
 from client.data.cohort import KEY_NAME
 from client.settings import SiteSettings
 from client.training import SiteStudy
+from client.updates import MadeUpdate
 from common import wire
 from common.config import StudyConfig
-from common.messages import LocalUpdate, MaskedInput, TrainRequest
+from common.messages import MaskedInput, TrainRequest
 from common.privacy import accounting
 from common.privacy.gradient import PatientOptimizer
 from common.privacy.sampling import draw_patients
@@ -123,15 +124,15 @@ class Dice:
 
 
 @pytest.fixture
-def updates(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], LocalUpdate]:
+def updates(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], MadeUpdate]:
     """With dice instead of the system's randomness in the sites' training; every update they make, by site and round.
 
     Keys, masks and the rounding of the encoding stay as random as they are.
     """
-    dice, made = Dice(), dict[tuple[str, int], LocalUpdate]()
+    dice, made = Dice(), dict[tuple[str, int], MadeUpdate]()
     train_round = client.training.train_round
 
-    def seeded(at: SiteStudy, request: TrainRequest) -> LocalUpdate:
+    def seeded(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         dice.throw(at.site, request.round)
         made[at.site, request.round] = update = train_round(at, request)
         return update
@@ -177,7 +178,7 @@ def off(one: GanState, other: GanState) -> float:
 
 @pytest.mark.parametrize("weights", ["equal", "contracted"])
 def test_one_round_gives_the_generator_that_the_plain_mean_gives(
-    weights: str, five: dict[str, Path], tmp_path: Path, updates: dict[tuple[str, int], LocalUpdate]
+    weights: str, five: dict[str, Path], tmp_path: Path, updates: dict[tuple[str, int], MadeUpdate]
 ) -> None:
     contract = {name: 6 * (1 + position) for position, name in enumerate(SITES)}
     study = StudyConfig.from_toml(small_study(tmp_path / "s.toml", federation__rounds=1)).with_changes(
@@ -199,7 +200,7 @@ def test_one_round_gives_the_generator_that_the_plain_mean_gives(
 
 
 def test_every_round_is_the_plain_mean_of_the_updates_and_three_rounds_stay_close(
-    five: dict[str, Path], tmp_path: Path, updates: dict[tuple[str, int], LocalUpdate]
+    five: dict[str, Path], tmp_path: Path, updates: dict[tuple[str, int], MadeUpdate]
 ) -> None:
     study = StudyConfig.from_toml(small_study(tmp_path / "s.toml", federation__rounds=3))
     secure = federate(five, study, tmp_path / "secure")

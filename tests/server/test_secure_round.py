@@ -12,6 +12,7 @@ from client import secure_round
 from client.accountant import SiteAccountant
 from client.round_file import last_attempt
 from client.secure_round import SecureSite
+from client.updates import MadeUpdate
 from common.config import StudyConfig
 from common.errors import FederationError
 from common.messages import (
@@ -134,10 +135,10 @@ class Network:
     def _server_of(self, name: str, request: Request) -> Serve:
         site = self.sites[name]
 
-        def train(asked: TrainRequest) -> LocalUpdate:
+        def train(asked: TrainRequest) -> MadeUpdate:
             self.charge(site)
             weight = self.study.site_weight(name)
-            return LocalUpdate(asked.round, (self.updates[name] * weight).astype(np.float32))
+            return MadeUpdate(asked.round, (self.updates[name] * weight).astype(np.float32), "update")
 
         handlers: dict[str, Callable[[Any], Reply]] = {
             "advertise_keys": lambda asked: secure_round.advertise_keys(site, asked),
@@ -420,7 +421,8 @@ def test_a_round_that_fails_names_the_stage_and_the_next_works(stage: str, fault
     )
 
     network.faults, network.questions = {}, []
-    network.check(rounds.run(state_of(), ignore), FIVE)  # the same round, another attempt
+    # The same round, another attempt, without those that failed in training: they would let the others pay again.
+    network.check(rounds.run(state_of(), ignore), without(*bad) if stage == "masked_input" else FIVE)
     assert [question.group for question in network.questions][:2] == ["1/advertise_keys", "1/share_keys"]
     (number,) = {request.attempt for request in network.asked("share_keys")[0].values()}  # type: ignore[union-attr]
     assert number > 1
@@ -483,3 +485,12 @@ def test_a_round_is_trained_from_the_shared_state(tmp_path: Path) -> None:
         vectors: list[Vector] = [request.train.generator, request.train.discriminator]
         assert [vector.tolist() for vector in vectors] == [state.generator.tolist(), state.discriminator.tolist()]
         assert (request.train.round, request.train.study_digest) == (5, network.study.digest)
+
+
+def test_when_too_few_would_be_left_those_that_failed_in_training_are_asked_again(tmp_path: Path) -> None:
+    names = names_of(2)
+    network = Network(study_of(names), tmp_path, faults={(names[0], "masked_input"): gone})
+    rounds = network.rounds()
+    assert rounds.run(state_of(), ignore).update is None
+    network.faults = {}
+    network.check(rounds.run(state_of(), ignore), names)

@@ -147,7 +147,7 @@ def test_a_site_may_check_its_data_as_long_as_a_round_takes(tmp_path: Path) -> N
 
 def test_too_few_enrolled_sites_fail_the_run(tmp_path: Path) -> None:
     study = two_sites(minimum_sites=2)
-    with pytest.raises(TooFewSurvivors, match=r"at least 2 sites to enrol, got 1 \(refused: site\)"):
+    with pytest.raises(TooFewSurvivors, match=r"at least 2 sites to enrol, got 1 \(missing: north; refused: site\)"):
         run(study, Scripted(study, enrol={2: Refusal("site")}), tmp_path)
     facts = RunRecord.load(tmp_path)
     assert (facts.status, facts.error) == ("failed", "too_few_survivors")

@@ -210,13 +210,14 @@ def test_the_transcript_changes_with_the_roster_the_attempt_and_the_cohort() -> 
 
 # ------------------------------------------------------------ keys of pairs
 
+STATE = "57" * 32
 SECRET = {"a": secret(21), "b": secret(22), "c": secret(23)}
 PRIVATE = {name: keys.load(private) for name, private in SECRET.items()}
 PUBLIC = {name: keys.public_half(private) for name, private in SECRET.items()}
 
 
 def pairwise(one: str, other: str, agreed: Transcript = AGREED) -> bytes:
-    return keys.pairwise_key(PRIVATE[one], PUBLIC[other], agreed, one, other)
+    return keys.pairwise_key(PRIVATE[one], PUBLIC[other], agreed, STATE, one, other)
 
 
 def test_both_ends_make_the_same_key_and_every_pair_another() -> None:
@@ -232,7 +233,8 @@ def test_a_key_of_another_attempt_transcript_or_pair_of_names_is_another() -> No
     found = [pairwise("a", "b"), *(pairwise("a", "b", other) for other in OTHER_TRANSCRIPTS)]
     # The same two key pairs under other names: no site's mask passes for another's.
     for names in (("a", "c"), ("ab", ""), ("a", "b2")):
-        found.append(keys.pairwise_key(PRIVATE["a"], PUBLIC["b"], AGREED, *names))
+        found.append(keys.pairwise_key(PRIVATE["a"], PUBLIC["b"], AGREED, STATE, *names))
+    found.append(keys.pairwise_key(PRIVATE["a"], PUBLIC["b"], AGREED, "58" * 32, "a", "b"))  # another shared state
     assert len(set(found)) == len(found)
 
 
@@ -283,7 +285,7 @@ def test_degenerate_public_keys_are_refused(found: bytes) -> None:
     with pytest.raises(BadPeer, match="X25519"):
         keys.agree(PRIVATE["a"], found)
     with pytest.raises(BadPeer):
-        keys.pairwise_key(PRIVATE["a"], found, AGREED, "a", "b")
+        keys.pairwise_key(PRIVATE["a"], found, AGREED, STATE, "a", "b")
     with pytest.raises(BadPeer):
         keys.seal(PRIVATE["a"], found, AGREED, "a", "b", b"text")
     with pytest.raises(BadPeer):

@@ -14,6 +14,7 @@ Ratios are ours / theirs.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -76,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--json", type=Path, help="write every number here too")
     options = parser.parse_args(arguments)
+    for sites, share in itertools.product(options.sites or (), () if options.growth else options.drop):
+        if sites - round(share * sites) < neighbours.threshold_of(min(sites, neighbours.COMPLETE)):
+            parser.error(f"{sites} sites cannot lose a share of {share:g}: too few would be left to unmask")
     machine = (
         f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
         f"numpy {np.__version__}, flwr {flwr.__version__}"

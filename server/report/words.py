@@ -12,7 +12,7 @@ CODES = {
     "budget_exhausted": "the site has spent what the study planned for it",
     "protocol": "the exchange of messages failed; the reason is in the site's own log",
     "out_of_order": "a message that was repeated, came too early, or belongs to another attempt",
-    "bad_peer": "a message that no honest party sends",
+    "bad_peer": "a message that no honest party sends, from the coordinator or, through it, another site",
     "too_few_survivors": "fewer sites answered than the study, or the site itself, needs",
     "node_error": "the site's process failed",
     "no_answer": "no answer in time",

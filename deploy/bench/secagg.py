@@ -49,6 +49,7 @@ from common.messages import (
     TrainRequest,
     UnmaskRequest,
 )
+from common.secagg import neighbours
 from common.secagg.keys import AdvertisedKeys, Attempt
 from common.secagg.roster import make_roster
 from deploy.bench.meter import Case, Cost, Meter, Vector, mean, wire_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.errors import ConfigError
-from deploy.simulate import Simulation, resume, simulate
+from deploy.simulate import Simulation, check_number, resume, simulate
 
 EXAMPLES = Path(__file__).parent / "examples"
 DEFAULT_SITES = 3
@@ -28,6 +28,7 @@ def new_run(options: argparse.Namespace, study: StudyConfig, out: Path) -> None:
     """Start a new run in the folder ``out``. Raises ConfigError, SiteError, ProtocolError, KeyboardInterrupt."""
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty.", "Give another --out, or continue that run with --resume.")
+    check_number(study, len(options.site) if options.site else options.sites or DEFAULT_SITES)
     device = options.device or "auto"
     simulate(Simulation(study, _sites(options, out, study, device), out, device))
 

@@ -102,7 +102,6 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
     Returns the study with the contract of the sites that take part, and the code of each of the others.
     """
     study = simulation.study
-    _check_number(study, len(simulation.sites))
     contract = dict(study.federation.contracted_patients)
     roster = simulated_roster({settings.name: settings.folder for settings in simulation.sites})
     taking_part: dict[str, int] = {}
@@ -134,8 +133,8 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
     return study.with_changes("federation", contracted_patients=taking_part), refused
 
 
-def _check_number(study: StudyConfig, num_sites: int) -> None:
-    """Refuse a number of sites that no data can help, before any data are read."""
+def check_number(study: StudyConfig, num_sites: int) -> None:
+    """Raise ConfigError for a number of sites that no data can help: ask before any data are made or read."""
     if num_sites < study.federation.minimum_sites:
         raise ConfigError(
             f"Expected at least {study.federation.minimum_sites} sites, found {num_sites}.",

@@ -278,7 +278,7 @@ class SecureSum:
     def _too_few(self, stage: str, needed: str, found: int) -> NoReturn:
         self.stage = STAGES[-1]  # nothing follows
         raise TooFewSurvivors(
-            f"The secure sum of round {self.plan.round} ended after {stage}: it needs {needed}, {found} are left."
+            f"The secure sum of round {self.plan.round} ended after {stage}: it needs {needed}, {found} left."
         )
 
 

@@ -79,7 +79,7 @@ def test_wrong_usage_is_2_and_says_what_was_expected(arguments: list[str], expec
         (["simulate", "--phantom", "9", "--data", "x"], "found 2"),
         (["simulate", "--site", "a=x", "--sites", "2"], "--sites does not go with --site"),
         (["simulate", "--site", "a=x", "--site", "a=y", "--out", "OUT"], "same name"),
-        (["simulate", "--site", "a b=x", "--out", "OUT"], "Wrong settings of a site: name"),
+        (["simulate", "--site", "a b=x", "--site", "b=x", "--out", "OUT"], "Wrong settings of a site: name"),
         (["simulate", "missing.toml", "--phantom", "9"], "Cannot read the study file missing.toml"),
         (["simulate", "--resume", "OUT"], "holds no run to go on with"),
         (["simulate", "--resume", "OUT", "--rounds", "3"], "rounds cannot change"),
@@ -178,7 +178,8 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deploy.runs.simulate", stopped)
-    result = synthward("simulate", tiny_study(tmp_path / "s.toml"), "--site", f"a={tmp_path}", *arguments)
+    sites = ("--site", f"a={tmp_path}", "--site", f"b={tmp_path}")
+    result = synthward("simulate", tiny_study(tmp_path / "s.toml"), *sites, *arguments)
     assert result.status == 130
     assert (f"--resume {folder}" if trained else "before training began") in result.err
 

@@ -316,8 +316,7 @@ def test_too_few_survivors_is_4_and_can_be_resumed(
     assert result.status == 4
     assert {
         "plain": "Round 2 needs updates of at least 2 sites, got 1. (north: site)",
-        "secure": "The secure sum of round 2 ended after masked_input: it needs 2 sites, 1 are left. The next attempt"
-        " begins with fresh keys. (north: site)",
+        "secure": "The secure sum of round 2 ended after masked_input: it needs 2 sites, 1 left. (north: site)",
     }[aggregation] in result.err
     assert "Traceback" not in result.err
     failed = RunRecord.load(out)
@@ -442,3 +441,12 @@ def test_a_lost_accountant_is_never_replaced(copied: Path) -> None:
     assert (facts.refused_sites, facts.refused_nodes) == ({"small": "site"}, ["privacy", "privacy"])
     assert charged(facts) == [6, 6]
     assert not list(copied.glob("sites/*/studies/*/accountant.json"))
+
+
+@pytest.mark.parametrize(("sites", "reason"), [(1, "at least 2 sites, found 1"), (256, "cannot hold 256 sites")])
+def test_a_number_of_sites_that_no_data_can_help_is_refused_before_any_are_made(
+    sites: int, reason: str, tmp_path: Path
+) -> None:
+    result = synthward("simulate", "--phantom", 20, "--sites", sites, "--out", tmp_path / "run")
+    assert (result.status, reason in result.err) == (2, True), result.err
+    assert not (tmp_path / "run").exists()

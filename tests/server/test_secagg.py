@@ -213,7 +213,7 @@ def test_five_sites_of_which_some_fall_out(stage: str, dropped: int) -> None:
         assert survivors == tuple(in_sum)
         check_sum(total, vectors, survivors, ENCODING)
         return
-    needed = "2 sites, 1 are left" if 5 - dropped < 2 and stage not in ("confirm_survivors", "unmask") else ""
+    needed = "2 sites, 1 left" if 5 - dropped < 2 and stage not in ("confirm_survivors", "unmask") else ""
     with pytest.raises(TooFewSurvivors, match=f"round 1 ended after {stage}: it needs {needed}"):
         sites.total(vectors, drops)
 
@@ -470,7 +470,7 @@ def test_wrong_shares_of_one_holder_are_passed_over_and_of_two_end_the_sum(wrong
     if num_bad == 1:
         check_sum(server.result(), vectors, tuple(FIVE), ENCODING)
         return
-    with pytest.raises(TooFewSurvivors, match="ended after unmask: it needs 4 right shares of .*, 3 are left"):
+    with pytest.raises(TooFewSurvivors, match="ended after unmask: it needs 4 right shares of .*, 3 left"):
         server.result()
     check_nothing_decoded(server)
 
@@ -496,7 +496,7 @@ def test_a_wrong_share_of_a_dropped_sites_key_counts_as_well() -> None:
         return server
 
     check_sum(spoiled(lambda share: share).result(), vectors, tuple(names[:5]), ENCODING)
-    with pytest.raises(TooFewSurvivors, match=f"it needs 5 right shares of {names[5]}, 4 are left"):
+    with pytest.raises(TooFewSurvivors, match=f"it needs 5 right shares of {names[5]}, 4 left"):
         spoiled(flipped).result()
 
 

@@ -1,8 +1,8 @@
 """Masks: AES-256-CTR keystreams added to a vector word by word, mod 2^32.
 
 A mask is used whole or not at all, so a key of its own and counter 0 define it. Long vectors are worked through in
-pieces that stay in the processor's cache, all masks on one piece before the next. One thread does it: two were no
-faster unless their pieces were so long that they took more memory than the vector itself.
+pieces that stay in the processor's cache, all masks on one piece before the next. One thread does it: at a million
+coordinates two were faster only with pieces so long that input, result and pieces took more than two vectors.
 
 **Guarantee.** A vector plus the mask of one unknown key is indistinguishable from uniform words (AES-256 in counter
 mode is a pseudo-random generator); keys come from HKDF-SHA256 or the operating system, and no key makes two masks.

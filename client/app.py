@@ -37,6 +37,7 @@ from common.messages import (
 )
 
 app = ClientApp()
+R = TypeVar("R", bound=Request)
 
 
 @app.query("enrol")
@@ -54,13 +55,13 @@ def local_round(message: Message, context: Context) -> Message:
 @app.query("advertise_keys")
 def advertise_keys(message: Message, context: Context) -> Message:
     """Make fresh keys for an attempt at a secure sum."""
-    return _answer(message, context, AdvertiseKeysRequest, _advertise_keys)
+    return _answer(message, context, AdvertiseKeysRequest, _secure(secure_round.advertise_keys))
 
 
 @app.query("share_keys")
 def share_keys(message: Message, context: Context) -> Message:
     """Deal shares of this site's secrets to its neighbours."""
-    return _answer(message, context, ShareKeysRequest, _share_keys)
+    return _answer(message, context, ShareKeysRequest, _secure(secure_round.share_keys))
 
 
 @app.train("masked_input")
@@ -72,13 +73,13 @@ def masked_input(message: Message, context: Context) -> Message:
 @app.query("confirm_survivors")
 def confirm_survivors(message: Message, context: Context) -> Message:
     """Sign the list of sites whose masked update came."""
-    return _answer(message, context, ConfirmSurvivorsRequest, _confirm_survivors)
+    return _answer(message, context, ConfirmSurvivorsRequest, _secure(secure_round.confirm_survivors))
 
 
 @app.query("unmask")
 def unmask(message: Message, context: Context) -> Message:
     """Open the shares that unmask the sum."""
-    return _answer(message, context, UnmaskRequest, _unmask)
+    return _answer(message, context, UnmaskRequest, _secure(secure_round.unmask))
 
 
 def _enrol(request: EnrolRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
@@ -99,14 +100,6 @@ def _local_round(request: TrainRequest, study: StudyConfig, settings: SiteSettin
     return LocalUpdate(made.round, made.vector)
 
 
-def _advertise_keys(request: AdvertiseKeysRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    return secure_round.advertise_keys(_secure_site(study, settings), request)
-
-
-def _share_keys(request: ShareKeysRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    return secure_round.share_keys(_secure_site(study, settings), request)
-
-
 def _masked_input(request: MaskedInputRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
     def train(train_request: TrainRequest) -> MadeUpdate:
         from client.enrolment import open_study
@@ -117,19 +110,13 @@ def _masked_input(request: MaskedInputRequest, study: StudyConfig, settings: Sit
     return secure_round.masked_input(_secure_site(study, settings), request, train)
 
 
-def _confirm_survivors(request: ConfirmSurvivorsRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    return secure_round.confirm_survivors(_secure_site(study, settings), request)
-
-
-def _unmask(request: UnmaskRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    return secure_round.unmask(_secure_site(study, settings), request)
+def _secure(handle: Callable[[SecureSite, R], Reply]) -> Callable[[R, StudyConfig, SiteSettings], Reply]:
+    """A step of the secure sum as a handler."""
+    return lambda request, study, settings: handle(_secure_site(study, settings), request)
 
 
 def _secure_site(study: StudyConfig, settings: SiteSettings) -> SecureSite:
     return SecureSite(study, load_member(settings), settings.study_folder(study.digest))
-
-
-R = TypeVar("R", bound=Request)
 
 
 def _answer(

@@ -23,7 +23,7 @@ from client.secagg import SiteRound
 from common.errors import OutOfOrder, SiteError
 from common.files import locked, write_atomically
 from common.secagg import keys
-from common.secagg.keys import Attempt
+from common.secagg.keys import AdvertisedKeys, Attempt
 
 ROUND_FILE, SERVED_FILE, LOCK_FILE = "secure-sum.sealed", "secure-sum.json", "secure-sum.lock"
 
@@ -42,8 +42,8 @@ class RoundFile:
         label = Attempt(study_digest, 0).label("round_file", member.site)
         self._cipher = ChaCha20Poly1305(keys.derive(member.identity.private_bytes_raw(), b"", label))
 
-    def begin(self, number: int, minimum_cohort: int) -> SiteRound:
-        """Start an attempt, in place of any before it.
+    def begin(self, number: int, minimum_cohort: int) -> AdvertisedKeys:
+        """Start an attempt, in place of any before it, and return its keys once both are on disk.
 
         Raises:
             OutOfOrder: this attempt, or a later one, was served before.
@@ -54,7 +54,10 @@ class RoundFile:
                 raise OutOfOrder(f"Expected an attempt after {newest}, found {number}.", "It is never served twice.")
             write_atomically(self._folder / SERVED_FILE, json.dumps({"attempt": number}).encode(), mode=0o600)
             self._erase()
-        return SiteRound(self._member, Attempt(self._study_digest, number), minimum_cohort)
+            attempt = SiteRound(self._member, Attempt(self._study_digest, number), minimum_cohort)
+            own = attempt.advertise_keys()
+            self._save(attempt)
+            return own
 
     @contextmanager
     def stage(self, number: int) -> Iterator[SiteRound]:
@@ -73,11 +76,6 @@ class RoundFile:
             except BaseException:
                 self._erase()
                 raise
-
-    def keep(self, current: SiteRound) -> None:
-        """Put a new attempt on disk."""
-        with locked(self._folder / LOCK_FILE):
-            self._save(current)
 
     def end(self, number: int) -> None:
         """Overwrite and unlink the secrets of this attempt, and of any before it."""

@@ -68,14 +68,14 @@ def masked_input(
 ) -> MaskedInput:
     """Check and open the shares, train, mask, and note that this update has left.
 
-    Raises:
-        BadPeer, OutOfOrder, TooFewSurvivors: before anything is spent.
-        ProtocolError: the update was made and cannot be sent; and whatever ``train`` raises.
-
     Args:
         at: the study at this site.
         request: the request.
         train: makes the site's update.
+
+    Raises:
+        BadPeer, OutOfOrder, TooFewSurvivors: before anything is spent.
+        ProtocolError: the update was made and cannot be sent; and whatever ``train`` raises.
     """
     with at.file.stage(request.attempt) as attempt:
         attempt.open_shares(request)
@@ -118,10 +118,7 @@ def unmask(at: SecureSite, request: UnmaskRequest) -> UnmaskShares:
 
 def _advertise(at: SecureSite, number: int) -> AdvertisedKeys:
     _check_budget(at)
-    attempt = at.file.begin(number, max(at.study.federation.minimum_sites, at.member.minimum_cohort))
-    own = attempt.advertise_keys()
-    at.file.keep(attempt)
-    return own
+    return at.file.begin(number, max(at.study.federation.minimum_sites, at.member.minimum_cohort))
 
 
 def _check_budget(at: SecureSite) -> None:

@@ -71,13 +71,14 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
 
     A round that this site has already finished from the same shared state is answered from its state file: the update
     is out of the mechanism already, so repeating it costs nothing. One that has left masked is trained anew
-    (``client/updates.py``). A round that was stopped between two steps
-    goes on where it stopped, under the charge that was made for it. What a crash cut off is paid for and lost.
+    (``client/updates.py``). A round that was stopped between two steps goes on where it stopped, under the charge that
+    was made for it. What a crash cut off is paid for and lost.
 
     Raises:
         KeyboardInterrupt: the listener to the progress stopped the work; what was done is kept.
         BudgetExhausted: every step that the study planned is spent.
         PrivacyError: delta does not suit the cohort, or the accountant's file was lost.
+        ProtocolError: the round was charged, and failed after that.
         OSError: the accountant or the state cannot be written. Nothing was trained on patients in the first case.
     """
     plan = make_plan(at.study)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +54,9 @@ class TrainRequest:
     generator: Vector
     discriminator: Vector
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the round and the exact shared state: what an update answers."""
+        """SHA-256 (hex) of the round and the exact shared state: what an update answers. It reads all, so once."""
         digest = hashlib.sha256(f"{self.study_digest}/{self.round}/".encode())
         digest.update(self.generator.tobytes())
         digest.update(self.discriminator.tobytes())

@@ -100,7 +100,7 @@ class SecureSum:
         """A site's dealt shares."""
         self._expect("share_keys", reply.attempt, site, self.cohort, self._dealt)
         receivers = set(reply.sealed)
-        picks = neighbours.neighbourhood(len(self.cohort)).picks
+        picks = neighbours.num_picks(len(self.cohort))
         if site in receivers or not receivers <= set(self.cohort) or len(receivers) != picks:
             raise BadPeer(f"Expected shares for {picks} other sites of the cohort from {site}.")
         if set(reply.self_mask_digests) != receivers | {site} or set(reply.mask_key_digests) != receivers | {site}:

@@ -101,9 +101,8 @@ class SecureRounds:
         before_training(secure_sum.sharers)
         following = self._plan(state, plan.attempt.number + 1)
         back = AdvertiseKeysRequest(following.attempt.study_digest, following.attempt.number)
-        away = sorted(
-            set(self._nodes) - set(self._keys) - set(training)
-        )  # back for the next attempt? Asked first: quick
+        # Those away may be back for the next attempt. They are asked first: their answer is quick, training is not.
+        away = sorted(set(self._nodes) - set(self._keys) - set(training))
         requests: dict[str, Request] = {**dict.fromkeys(away, back), **training}
         takers: dict[type, Callable[[str, Any], None]] = {
             MaskedInput: secure_sum.take_masked_input,

@@ -21,25 +21,11 @@ dropping out. Each site needs h = k + 1 holders, t of them, t > 2h/3.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 COMPLETE = 32
 COLLUDING = DROPPING = 1 / 20
 SECURITY_BITS, CORRECTNESS_BITS = 40, 30
-
-
-@dataclass(frozen=True)
-class Neighbourhood:
-    """Public numbers of a cohort.
-
-    Args:
-        picks: how many others a site picks.
-        threshold: how many of its holders (picks and itself) open a site's secret.
-    """
-
-    picks: int
-    threshold: int
 
 
 def threshold_of(num_holders: int) -> int:
@@ -48,19 +34,18 @@ def threshold_of(num_holders: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def neighbourhood(num_sites: int) -> Neighbourhood:
-    """The picks and the threshold for a cohort of ``num_sites`` sites."""
+def num_picks(num_sites: int) -> int:
+    """How many others each site of a cohort of ``num_sites`` picks."""
     picks = min(num_sites, COMPLETE) - 1
     while picks < num_sites - 1 and not _is_enough(num_sites, picks):
         picks += 1
-    return Neighbourhood(picks, threshold_of(picks + 1))
+    return picks
 
 
 def pick(site: str, cohort: Sequence[str], coins: random.Random) -> tuple[str, ...]:
     """The others that will hold the shares of ``site``, sorted. ``coins`` are secret: the system's, but in tests."""
     others = sorted(name for name in cohort if name != site)
-    count = neighbourhood(len(cohort)).picks
-    return tuple(sorted(coins.sample(others, count)))
+    return tuple(sorted(coins.sample(others, num_picks(len(cohort)))))
 
 
 def _is_enough(num_sites: int, picks: int) -> bool:

@@ -45,9 +45,7 @@ class OnDisk:
     def walk(self) -> Iterator[str]:
         """One stage after the other, up to the one named by each value."""
         for name in SITES:
-            site = self.file(name).begin(1, 2)
-            self.consortium.keys[name] = site.advertise_keys()
-            self.file(name).keep(site)
+            self.consortium.keys[name] = self.file(name).begin(1, 2)
         yield "advertise_keys"
         server = self.server = SecureSum(self.consortium.plan, self.consortium.keys)
         for name, share_request in server.share_keys_requests().items():
@@ -176,7 +174,9 @@ def test_a_newer_attempt_overwrites_the_one_before(tmp_path: Path) -> None:
     link = tmp_path / "link"
     os.link(sites.path("b"), link)
     sites.file("b").begin(2, 2)
-    assert not sites.path("b").exists() and not any(link.read_bytes())
+    assert not any(link.read_bytes())
+    with sites.file("b").stage(2) as newer:
+        assert newer.stage == "advertise_keys"
 
 
 def test_a_message_of_another_attempt_disturbs_nothing(tmp_path: Path) -> None:
@@ -193,12 +193,13 @@ def test_a_message_of_another_attempt_disturbs_nothing(tmp_path: Path) -> None:
 def test_the_attempt_is_on_disk_before_its_keys_leave(tmp_path: Path) -> None:
     sites = OnDisk(tmp_path)
     assert last_attempt(sites.folders["a"]) == 0
-    sites.file("a").begin(7, 2)  # and the process dies here: nothing was advertised yet
+    sites.file("a").begin(7, 2)  # and the process dies here: nothing has left yet
     assert last_attempt(sites.folders["a"]) == 7
     for number in (7, 6, 1, 0):
         with pytest.raises(OutOfOrder):
             sites.file("a").begin(number, 2)
-    assert sites.file("a").begin(8, 2).attempt.number == 8
+    assert sites.file("a").begin(8, 2).site == "a"
+    assert last_attempt(sites.folders["a"]) == 8
 
 
 def test_no_attempt_begins_when_it_cannot_be_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +247,7 @@ def test_a_damaged_file_is_named_and_the_next_attempt_works(how: str, tmp_path: 
     with pytest.raises(SiteError, match="damaged"), sites.file("b").stage(1):
         pytest.fail("entered")
     assert not path.exists()
-    site = sites.file("b").begin(2, 2)
-    site.advertise_keys()
-    sites.file("b").keep(site)
+    sites.file("b").begin(2, 2)
     with sites.file("b").stage(2) as again:
         assert again.stage == "advertise_keys"
 

@@ -354,7 +354,7 @@ def test_a_site_picks_its_own_holders_at_random(
         site, request = begun(forty)
         dealt = site.share_keys(request)
         assert set(dealt.sealed) == set(site.picks)
-        assert len(site.picks) == neighbours.neighbourhood(40).picks == 31 and "site-000" not in site.picks
+        assert len(site.picks) == neighbours.num_picks(40) == 31 and "site-000" not in site.picks
         picks.append(site.picks)
     assert len(set(picks)) > 1  # equal ones have a chance of 1 in 61 million
 
@@ -372,7 +372,7 @@ def test_only_a_sites_own_holders_confirm_to_it(
     assert site.agreed is not None
     signed = keys.confirmed(site.agreed, names)
     others = [name for name in names if name not in site.picks and name != "site-000"]
-    threshold = neighbours.neighbourhood(40).threshold
+    threshold = neighbours.threshold_of(len(site.picks) + 1)
 
     def confirmations(own: int) -> UnmaskRequest:
         chosen = [*site.picks[:own], *others]

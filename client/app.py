@@ -14,14 +14,17 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import secure_round
-from client.identity import load_member, pin_roster, simulated_roster
+from client.accountant import SiteAccountant
+from client.identity import load_member
 from client.log import site_log
+from client.policy import Policy
 from client.secure_round import SecureSite
 from client.settings import SiteSettings
+from client.simulated import allow, simulated_roster
 from client.updates import MadeUpdate
 from common import wire
 from common.config import StudyConfig
-from common.errors import INTERNAL, BadPeer, FederationError, PrivacyError, SiteError
+from common.errors import INTERNAL, BadPeer, FederationError, SiteError
 from common.messages import (
     AdvertiseKeysRequest,
     ConfirmSurvivorsRequest,
@@ -85,18 +88,16 @@ def unmask(message: Message, context: Context) -> Message:
 def _enrol(request: EnrolRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
     from client.enrolment import enrol
 
-    return enrol(settings, study)
+    return enrol(settings, study, request)
 
 
 def _local_round(request: TrainRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
     from client.enrolment import open_study
     from client.training import train_round
 
-    if study.federation.aggregation != "plain" or not settings.allow_plain:
-        raise PrivacyError(
-            "The server asked for an update without masks.", "For public data only: allow_plain = true in site.toml."
-        )
-    made = train_round(open_study(settings, study), request)
+    if study.federation.aggregation != "plain":
+        raise BadPeer("The server asked for an update without masks in a study that has them.", "Nothing was sent.")
+    made = train_round(open_study(settings, study), request)  # asks the policy whether a plain update may leave
     return LocalUpdate(made.round, made.vector)
 
 
@@ -116,7 +117,13 @@ def _secure(handle: Callable[[SecureSite, R], Reply]) -> Callable[[R, StudyConfi
 
 
 def _secure_site(study: StudyConfig, settings: SiteSettings) -> SecureSite:
-    return SecureSite(study, load_member(settings), settings.study_folder(study.digest))
+    def accountant() -> SiteAccountant | None:
+        from client.enrolment import open_accountant
+
+        return open_accountant(settings, study)
+
+    member = load_member(settings, Policy.load(settings.folder))
+    return SecureSite(study, member, settings.study_folder(study.digest), accountant)
 
 
 def _answer(
@@ -176,13 +183,11 @@ def _simulated(context: Context) -> SiteSettings:
     name = names[position]
     folder = Path(str(context.run_config["run.out"])) / "sites" / name
     roster = simulated_roster({each: folder.parent / each for each in names})
-    study = StudyConfig.from_run_config(dict(context.run_config))
     settings = SiteSettings.checked(
         name=name,
         data=data / name,
         folder=folder,
         device=str(context.run_config["run.device"]),
-        minimum_cohort=max(2, study.federation.minimum_sites),
-        allow_plain=study.federation.aggregation == "plain",
     )
-    return pin_roster(settings, roster)
+    allow(settings, StudyConfig.from_run_config(dict(context.run_config)), roster)
+    return settings

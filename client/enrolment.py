@@ -3,65 +3,98 @@
 import hashlib
 import json
 import logging
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from client.accountant import SiteAccountant
+from client.accountant import SiteAccountant, Terms, open_ledger, terms
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
 from client.identity import load_member
+from client.ledger import DataSet, Ledger, data_set_of, ledger_key
+from client.policy import Policy, check
 from client.round_file import RoundFile, last_attempt
 from client.settings import SiteSettings
 from client.training import STATE_FILE, SiteStudy
 from common.config import StudyConfig
-from common.errors import PrivacyError, SiteError
+from common.errors import LedgerError, SiteError
 from common.files import locked, write_atomically
-from common.messages import Enrolment
-from common.privacy.plan import check_delta
+from common.messages import Enrolment, EnrolRequest
+from common.privacy.accounting import Budget, History, Mechanism, append
+from common.privacy.plan import check_delta, make_plan
 
 logger = logging.getLogger("synthward.site")
 CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json", "holdout.json"
-PREPARED, PREPARED_LINK = "prepared", "prepared.json"
+PREPARED, ENROLLED_FILE = "prepared", "enrolled.json"
 TRAINING, HELD_OUT = "training", "held_out"
 CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
 DATA_SETTINGS = {"name", "data", "record_is_patient", "patients"}  # what changes the prepared images
 DataCheck = dict[str, Any]
 
 
-def enrol(settings: SiteSettings, study: StudyConfig) -> Enrolment:
-    """Check and prepare the data, and answer with public facts only.
+@dataclass(frozen=True)
+class Enrolled:
+    """What a site keeps of its enrolment in a study.
+
+    Args:
+        prepared: name of the folder of the images that it enrolled with.
+        run: the coordinator's run, for the ledger.
+        signature: the study's signature as the coordinator sent it, hex.
+        planned: probability, noise and number of all steps; None when the study is not private.
+        accepted: epsilon and delta of the budget, and lines of other studies, when the plan was found to fit.
+    """
+
+    prepared: str
+    run: str
+    signature: str
+    planned: tuple[float, float, int] | None = None
+    accepted: tuple[float, float, int] | None = None
+
+
+def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> Enrolment:
+    """Check the policy, check and prepare the data, and answer with public facts only.
 
     Raises:
+        PolicyError, OverBudget: the site's policy refuses the study, or the study does not fit what is left.
+        LedgerError: what was spent cannot be told.
         SiteError: the data are refused as a whole, there are fewer patients than the study's minimum, or the site's
             key and roster do not fit.
-        PrivacyError: the study's delta is too large for this site, or what it has spent is lost.
+        PrivacyError: the study's delta is too large for this site.
         ConfigError: the study has no contract with this site.
     """
     study.contracted_split(settings.name)
-    if study.federation.aggregation == "secure":
-        load_member(settings)  # refuses before the data are read
+    policy = Policy.load(settings.folder)
+    check(policy, settings, study, request.signature, ((),))  # refuses before the data are read
+    member = load_member(settings, policy) if study.federation.aggregation == "secure" else None
     prepare_data(settings, study)
-    prepared = settings.folder / PREPARED / str(_read_json(settings.folder / CHECK_FILE)["fingerprint"])
-    write_atomically(
-        settings.study_folder(study.digest) / PREPARED_LINK, json.dumps(str(prepared.name)).encode(), mode=0o600
-    )
+    prepared = str(_read_json(settings.folder / CHECK_FILE)["fingerprint"])
     folder = settings.study_folder(study.digest)
-    commitment = cohort.commitment(cohort.holdout_key(settings.folder))
-    accountant = SiteAccountant(folder, study.digest)
-    if study.privacy.enabled and (folder / STATE_FILE).exists() and not accountant.exists:
-        raise PrivacyError(f"{folder} has a trained state but no accountant.", "Restore the accountant's file.")
-    if study.federation.aggregation == "plain":
-        return Enrolment(settings.name, commitment, settings.record_is_patient, accountant.history)
-    member = load_member(settings)
-    RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
+    enrolled = Enrolled(prepared, request.run, request.signature.hex())
+    history: History = ()
+    earlier: History = ()
+    plan = make_plan(study)
+    if plan is not None:
+        ledger = open_ledger(settings.folder)
+        history, earlier = ledger.history_of(study.digest), _of_other_studies(ledger, study)
+        if (folder / STATE_FILE).exists() and not history:
+            raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
+        spent = ledger.histories(_data_set(settings, prepared).patients)
+        check(policy, settings, study, request.signature, spent, spent_here=history)
+        accepted = terms(ledger, study.digest, policy.budget_of(settings.data))
+        enrolled = replace(enrolled, planned=astuple(plan.mechanism), accepted=_flat(accepted))
+    note_enrolled(settings, study, enrolled)
+    if member is not None:
+        RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
     return Enrolment(
         settings.name,
-        commitment,
+        cohort.commitment(cohort.holdout_key(settings.folder)),
         settings.record_is_patient,
-        accountant.history,
-        last_attempt(folder),
-        member.identity.public_key().public_bytes_raw().hex(),
-        member.roster.digest,
+        history,
+        earlier,
+        policy.budget_of(settings.data) if plan else None,
+        last_attempt(folder) if member else 0,
+        member.identity.public_key().public_bytes_raw().hex() if member else "",
+        member.roster.digest if member else "",
     )
 
 
@@ -70,14 +103,75 @@ def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
 
     Raises:
         SiteError: the site never enrolled in this study, or its prepared images are gone.
+        PolicyError: the policy no longer allows the study.
     """
-    folder = settings.study_folder(study.digest)
     num_patients, _ = study.contracted_split(settings.name)
-    if not (folder / PREPARED_LINK).exists():
-        raise SiteError(f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again.")
-    name = json.loads((folder / PREPARED_LINK).read_bytes())
-    prepared = slices.reopen(settings.folder / PREPARED / name, name=TRAINING)
-    return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device)
+    accountant = open_accountant(settings, study)
+    folder = settings.study_folder(study.digest)
+    enrolled = _enrolled(settings, study)
+    prepared = slices.reopen(settings.folder / PREPARED / enrolled.prepared, name=TRAINING)
+    return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device, accountant)
+
+
+def open_accountant(settings: SiteSettings, study: StudyConfig) -> SiteAccountant | None:
+    """The study's account at this site, after asking the policy again; None when the study is not private.
+
+    Raises:
+        SiteError: the site never enrolled in this study.
+        PolicyError: the policy no longer allows the study.
+    """
+    enrolled = _enrolled(settings, study)
+    policy = Policy.load(settings.folder)
+    # What a round costs is checked when it is charged; the whole plan was when the site enrolled.
+    check(policy, settings, study, bytes.fromhex(enrolled.signature), ())
+    if enrolled.planned is None or enrolled.accepted is None:
+        return None
+    epsilon, delta, other_lines = enrolled.accepted
+    return SiteAccountant(
+        open_ledger(settings.folder),
+        _data_set(settings, enrolled.prepared),
+        policy.budget_of(settings.data),
+        study,
+        enrolled.run,
+        Mechanism(*enrolled.planned),
+        Terms(Budget(epsilon, delta), other_lines),
+    )
+
+
+def _of_other_studies(ledger: Ledger, study: StudyConfig) -> History:
+    """Every line of other studies, on whichever patients: which of them two data sets share is nobody's business."""
+    history: History = ()
+    for line in ledger.lines():
+        if line.study_digest != study.digest:
+            history = append(history, line.mechanism)
+    return history
+
+
+def _flat(accepted: Terms) -> tuple[float, float, int]:
+    return accepted.budget.epsilon, accepted.budget.delta, accepted.other_lines
+
+
+def _data_set(settings: SiteSettings, prepared: str) -> DataSet:
+    """All patients of a state of the data: those held out count as well, because the audit will read them."""
+    folder = settings.folder / PREPARED / prepared
+    patients = [patient for name in (TRAINING, HELD_OUT) for patient in slices.reopen(folder, name=name).patient_ids]
+    return data_set_of(ledger_key(cohort.holdout_key(settings.folder)), settings.data, patients)
+
+
+def note_enrolled(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled) -> None:
+    """Keep what the rounds will need."""
+    path = settings.study_folder(study.digest) / ENROLLED_FILE
+    write_atomically(path, json.dumps(asdict(enrolled)).encode(), mode=0o600)
+
+
+def _enrolled(settings: SiteSettings, study: StudyConfig) -> Enrolled:
+    try:
+        content = json.loads((settings.study_folder(study.digest) / ENROLLED_FILE).read_bytes())
+        return Enrolled(**content)
+    except (OSError, ValueError, TypeError):
+        raise SiteError(
+            f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again."
+        ) from None
 
 
 def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from client.policy import Policy, set_roster_digest
 from client.settings import SiteSettings
 from common.errors import ConfigError, SiteError
-from common.files import locked, write_atomically
-from common.secagg.roster import Roster, load_roster, make_roster
+from common.files import write_atomically
+from common.secagg.roster import Roster, load_roster
 
 KEY_FILE, PUBLIC_FILE, ROSTER_FILE = "identity.key", "identity.pub", "roster.json"
 
@@ -74,22 +74,23 @@ def read_public(path: Path) -> bytes:
     return key.public_bytes_raw()
 
 
-def load_member(settings: SiteSettings, roster: Roster | None = None) -> Member:
-    """The site's key and roster, checked against each other and against the pinned digest.
+def load_member(settings: SiteSettings, policy: Policy, roster: Roster | None = None) -> Member:
+    """The site's key and roster, checked against each other and against the digest that the policy pins.
 
     Args:
         settings: the site's.
+        policy: the site's.
         roster: to check in place of the one in the site's folder.
 
     Raises:
         SiteError: no key, a key that others can read, no roster, another roster than the pinned one, or one that has
             another key for this site.
     """
-    identity = _load_identity(settings.folder)
-    if not settings.roster_digest:
+    identity = load_identity(settings.folder)
+    if not policy.roster_digest:
         raise SiteError("This site has pinned no roster.", "Pin it: `synthward site pin FOLDER ROSTER --digest HEX`.")
     roster = roster or _load_roster(settings.folder / ROSTER_FILE)
-    if roster.digest != settings.roster_digest:
+    if roster.digest != policy.roster_digest:
         raise SiteError(
             f"{settings.folder / ROSTER_FILE} is not the roster that this site has pinned.",
             "Compare `synthward roster digest` with the coordinator by telephone before you pin another.",
@@ -99,27 +100,13 @@ def load_member(settings: SiteSettings, roster: Roster | None = None) -> Member:
             f"The roster has another key, or none, for {settings.name}.",
             f"Give the coordinator this site's {PUBLIC_FILE} and pin the new roster.",
         )
-    return Member(settings.name, identity, roster, settings.minimum_cohort)
+    return Member(settings.name, identity, roster, policy.minimum_cohort)
 
 
-def pin_roster(settings: SiteSettings, roster: Roster) -> SiteSettings:
-    """Put the roster into the site's folder and its digest into the settings. Returns the new settings."""
+def pin_roster(settings: SiteSettings, roster: Roster) -> None:
+    """Put the roster into the site's folder and its digest into the site's policy. Raises PolicyError without one."""
+    set_roster_digest(settings.folder, roster.digest)
     roster.save(settings.folder / ROSTER_FILE)
-    pinned = settings.model_copy(update={"roster_digest": roster.digest})
-    pinned.save()
-    return pinned
-
-
-def simulated_roster(folders: Mapping[str, Path]) -> Roster:
-    """For simulations, where one person owns all sites: their roster, after making the keys that are missing."""
-    for folder in folders.values():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with locked(folder / "identity.lock"):  # nodes of Flower's simulation start side by side
-            if not (folder / KEY_FILE).exists():
-                make_identity(folder)
-    return make_roster(
-        {name: _load_identity(folder).public_key().public_bytes_raw() for name, folder in folders.items()}
-    )
 
 
 def _load_roster(path: Path) -> Roster:
@@ -129,7 +116,8 @@ def _load_roster(path: Path) -> Roster:
         raise SiteError(error.message, error.remedy) from None
 
 
-def _load_identity(folder: Path) -> Ed25519PrivateKey:
+def load_identity(folder: Path) -> Ed25519PrivateKey:
+    """The site's private key. Raises SiteError: no key, no Ed25519 key, or one that others can read."""
     path = folder / KEY_FILE
     try:
         if stat.S_IMODE(os.stat(path).st_mode) & 0o077:

@@ -11,7 +11,7 @@ from client.identity import Member
 from client.round_file import RoundFile
 from client.updates import MadeUpdate
 from common.config import StudyConfig
-from common.errors import BudgetExhausted, ConfigError, FederationError, ProtocolError
+from common.errors import BudgetExhausted, ConfigError, FederationError, OverBudget, ProtocolError
 from common.messages import (
     AdvertiseKeysRequest,
     Confirmation,
@@ -24,7 +24,6 @@ from common.messages import (
     UnmaskRequest,
     UnmaskShares,
 )
-from common.privacy.accounting import num_steps
 from common.secagg.keys import AdvertisedKeys
 
 logger = logging.getLogger("synthward.site")
@@ -38,11 +37,13 @@ class SecureSite:
         study: the study.
         member: who the site is.
         folder: the study's folder at the site.
+        accountant: opens the study's account, where keys are asked for; it gives None when the study is not private.
     """
 
     study: StudyConfig
     member: Member
     folder: Path
+    accountant: Callable[[], SiteAccountant | None]
 
     @property
     def file(self) -> RoundFile:
@@ -82,7 +83,7 @@ def masked_input(
     try:
         update = train(request.train)
     except BaseException as error:
-        if isinstance(error, BudgetExhausted):
+        if isinstance(error, BudgetExhausted | OverBudget):
             updates.give_up(at.folder)  # so that the next attempt is refused where it costs nobody anything
         at.file.end(request.attempt)
         raise
@@ -122,7 +123,7 @@ def _advertise(at: SecureSite, number: int) -> AdvertisedKeys:
 
 
 def _check_budget(at: SecureSite) -> None:
-    """Refuse here, where it costs nobody anything, when all is spent and no update waits to be sent."""
-    spent = num_steps(SiteAccountant(at.folder, at.study.digest).history)
-    if at.study.privacy.enabled and spent >= at.study.total_steps and not updates.read(at.folder).pending:
-        raise BudgetExhausted("All steps that the study planned for this site are spent.", "Plan a new study.")
+    """Refuse here, where it costs nobody anything, when no round can be paid and no update waits to be sent."""
+    accountant = at.accountant()
+    if accountant is not None and not updates.read(at.folder).pending:
+        accountant.check_next_round()

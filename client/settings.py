@@ -1,11 +1,11 @@
-"""A site's own settings: one TOML file in the site's folder. No message from the server can change them."""
+"""Where a site keeps things: one TOML file in the site's folder. What it allows stands in ``client/policy.py``."""
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.config import SiteName
 from common.errors import ConfigError, SiteError
@@ -20,13 +20,10 @@ class SiteSettings(BaseModel):
     Args:
         name: the site's name in the study's contract.
         data: folder of images, read only.
-        folder: folder of this file: key, accountant, state, prepared images, log. Nothing in it leaves the site.
+        folder: folder of this file: policy, ledger, keys, state, prepared images, log. Nothing in it leaves the site.
         record_is_patient: count every image as a patient of its own. Only for data without patients.
         device: where to train.
         patients: only these patients take part; None for all in ``data``.
-        roster_digest: the consortium's roster that this site has checked and pinned; "" for none yet.
-        minimum_cohort: the site joins no sum over fewer sites than this, whatever a study says.
-        allow_plain: whether the site ever sends an update that is not masked. Only for studies of public data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -37,9 +34,6 @@ class SiteSettings(BaseModel):
     record_is_patient: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     patients: tuple[str, ...] | None = None
-    roster_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
-    minimum_cohort: Annotated[int, Field(ge=2)] = 2
-    allow_plain: bool = False
 
     def study_folder(self, study_digest: str) -> Path:
         """Where the site keeps what belongs to one study; made when absent."""

@@ -19,14 +19,12 @@ from client.data.slices import PreparedCohort
 from client.updates import MadeUpdate
 from common import progress
 from common.config import StudyConfig
-from common.errors import BadPeer, BudgetExhausted, FederationError, PrivacyError, ProtocolError, SiteError
+from common.errors import BadPeer, FederationError, LedgerError, PrivacyError, ProtocolError, SiteError
 from common.files import locked, write_atomically
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
 from common.messages import TrainRequest, Vector
-from common.privacy.accounting import Mechanism
-from common.privacy.accounting import num_steps as num_steps_of
 from common.privacy.plan import PrivacyPlan, check_delta, make_plan
 from common.privacy.sampling import draw_patients
 
@@ -41,10 +39,11 @@ class SiteStudy:
     Args:
         study: the study.
         site: the site's name.
-        folder: where this study's accountant and state live at the site.
+        folder: where this study's state lives at the site.
         cohort: prepared images of the training patients.
         num_patients: training patients by contract, a public number; the expected batch is a share of it.
         device: ``auto``, ``cpu`` or ``cuda``.
+        accountant: charges what is about to be released; None when the study is not private.
     """
 
     study: StudyConfig
@@ -53,6 +52,7 @@ class SiteStudy:
     cohort: PreparedCohort
     num_patients: int
     device: str
+    accountant: SiteAccountant | None
 
     @property
     def expected_batch_size(self) -> int:
@@ -77,17 +77,17 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
     Raises:
         KeyboardInterrupt: the listener to the progress stopped the work; what was done is kept.
         BudgetExhausted: every step that the study planned is spent.
-        PrivacyError: delta does not suit the cohort, or the accountant's file was lost.
+        OverBudget: the site's budget would be exceeded; nothing is charged.
+        PrivacyError: delta does not suit the cohort, or the ledger cannot be trusted or written.
         ProtocolError: the round was charged, and failed after that.
-        OSError: the accountant or the state cannot be written. Nothing was trained on patients in the first case.
+        OSError: the state cannot be written.
     """
     plan = make_plan(at.study)
     if plan is not None:
         check_delta(plan.delta, at.study.federation.contracted_patients[at.site])
-    accountant = SiteAccountant(at.folder, at.study.digest)
     saved = _load_state(at.folder)
-    if saved is not None and plan is not None and not accountant.exists:
-        raise PrivacyError(f"{at.folder} has a trained state but no accountant.", "Restore the accountant's file.")
+    if saved is not None and at.accountant is not None and not at.accountant.history:
+        raise LedgerError(f"{at.folder} has a trained state that the ledger does not know.", "Restore the ledger.")
     left = updates.read(at.folder).left  # before anything is charged: a damaged file refuses
     if saved is not None and not (at.folder / updates.FILE_NAME).exists():
         raise PrivacyError(f"{at.folder} has a trained state but no {updates.FILE_NAME}.", "Restore that file.")
@@ -107,7 +107,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
         logger.info("round %d: goes on after step %d", request.round, step)
     else:
-        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(accountant, plan, at.study)
+        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(at, plan, request.round)
 
     def update() -> tuple[Vector, Vector]:
         return (
@@ -134,18 +134,13 @@ def _weighted(at: SiteStudy, number: int, update_id: str, generator: Vector, dis
     return MadeUpdate(number, np.concatenate([generator, discriminator]) * weight, update_id)
 
 
-def _charge(accountant: SiteAccountant, plan: PrivacyPlan | None, study: StudyConfig) -> int:
-    """Charge this round's steps before the first gradient. Returns how many steps the plan still allows."""
+def _charge(at: SiteStudy, plan: PrivacyPlan | None, number: int) -> int:
+    """Charge this round's steps before the first gradient. Returns how many steps to make."""
     if plan is None:
-        return study.federation.local_steps
-    spent = num_steps_of(accountant.history)
-    num_steps = min(study.federation.local_steps, plan.mechanism.steps - spent)
-    if num_steps < 1:
-        raise BudgetExhausted(
-            f"All {plan.mechanism.steps} steps that the study planned for this site are spent.", "Plan a new study."
-        )
-    accountant.charge(Mechanism(plan.mechanism.sampling_probability, plan.mechanism.noise_multiplier, num_steps))
-    return num_steps
+        return at.study.federation.local_steps
+    if at.accountant is None:
+        raise LedgerError("The study is private and has no ledger to charge.", "Nothing was trained.")
+    return at.accountant.charge_round(number, plan)
 
 
 def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: Callable[[int], None]) -> None:

@@ -4,7 +4,10 @@ FederationError                 code, message, remedy
   ConfigError                   the study or the command is wrong: fix the file       exit status 2
   SiteError                     the site's data or settings are refused              exit status 3
   PrivacyError                  training would break or exceed the guarantee         exit status 3
-    BudgetExhausted
+    BudgetExhausted             all steps that the study planned for the site are spent
+    OverBudget                  the site's own budget would be exceeded
+    PolicyError                 the site's policy is missing or refuses
+    LedgerError                 the site's ledger is missing, altered, locked or cannot be written
   ProtocolError                 the federation itself failed                         exit status 4
     OutOfOrder                  a message at a stage where it has no place: too early, twice, or replayed
     BadPeer                     a message that no honest peer sends
@@ -65,6 +68,24 @@ class BudgetExhausted(PrivacyError):
     """The site has spent what the study planned for it."""
 
     code = "budget_exhausted"
+
+
+class OverBudget(PrivacyError):
+    """More would be spent on some patient than the site's policy allows."""
+
+    code = "over_budget"
+
+
+class PolicyError(PrivacyError):
+    """The site's policy is missing, cannot be trusted, or refuses the study."""
+
+    code = "policy"
+
+
+class LedgerError(PrivacyError):
+    """What the site has spent cannot be told for certain, or cannot be written down."""
+
+    code = "ledger"
 
 
 class ProtocolError(FederationError):

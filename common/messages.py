@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from common.privacy.accounting import History
+from common.privacy.accounting import Budget, History
 from common.secagg.keys import AdvertisedKeys
 
 Vector = NDArray[np.float32]
@@ -16,9 +16,17 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EnrolRequest:
-    """Server to site: will you take part in this study?"""
+    """Server to site: will you take part in this study?
+
+    Args:
+        study_digest: the study.
+        run: the coordinator's run (random, hex), for the site's ledger.
+        signature: of the study (``common/study_signature.py``); empty for none.
+    """
 
     study_digest: str
+    run: str = ""
+    signature: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Enrolment:
         record_is_patient: the site counts every image as a patient of its own, because it has no patient ids.
         history: every mechanism the site has charged for this study so far. It counts steps, so it does not depend on
             any patient.
+        earlier: every mechanism in the site's ledger that other studies have charged, whichever patients they used.
+        budget: the most that the site's policy allows for any patient; None in a study that is not private.
         last_attempt: the newest secure sum of this study that the site has served, 0 for none.
         identity: the site's public Ed25519 key (hex); "" in a study without secure aggregation.
         roster_digest: the roster that the site has pinned (hex), or "".
@@ -40,6 +50,8 @@ class Enrolment:
     holdout_commitment: str
     record_is_patient: bool
     history: History = ()
+    earlier: History = ()
+    budget: Budget | None = None
     last_attempt: int = 0
     identity: str = ""
     roster_digest: str = ""

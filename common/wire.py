@@ -31,10 +31,10 @@ from common.messages import (
     UnmaskShares,
     Vector,
 )
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import Budget, History, Mechanism
 from common.secagg.keys import AdvertisedKeys
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _ACTIONS: dict[type, str] = {
     EnrolRequest: "query.enrol",
     TrainRequest: "train.local_round",
@@ -59,7 +59,10 @@ def pack(message: Request | Reply) -> RecordDict:
     """Any message of this protocol as one Flower record."""
     match message:
         case EnrolRequest():
-            return _record("enrol_request", {"study_digest": message.study_digest})
+            return _record(
+                "enrol_request",
+                {"study_digest": message.study_digest, "run": message.run, "signature": message.signature},
+            )
         case Enrolment():
             facts = {
                 "site": message.site,
@@ -69,7 +72,9 @@ def pack(message: Request | Reply) -> RecordDict:
                 "identity": message.identity,
                 "roster_digest": message.roster_digest,
             }
-            return _record("enrolment", facts | _history_facts(message.history))
+            budget = [message.budget.epsilon, message.budget.delta] if message.budget else []
+            histories = _history_facts("", message.history) | _history_facts("earlier_", message.earlier)
+            return _record("enrolment", facts | histories | {"budget": budget})
         case TrainRequest():
             vectors = {"generator": message.generator, "discriminator": message.discriminator}
             return _record("train_request", {"study_digest": message.study_digest, "round": message.round}, vectors)
@@ -184,13 +189,17 @@ class _Facts:
         columns = [self.many(key, _bytes) for key in ("share_keys", "mask_keys_public", "key_signatures")]
         return tuple(AdvertisedKeys(*row) for row in zip(sites, *columns, strict=True))
 
-    def history(self) -> History:
+    def history(self, prefix: str = "") -> History:
         columns = (
-            self.many("sampling_probability", lambda value: _typed(float, value)),
-            self.many("noise_multiplier", lambda value: _typed(float, value)),
-            self.many("steps", lambda value: _typed(int, value)),
+            self.many(f"{prefix}sampling_probability", lambda value: _typed(float, value)),
+            self.many(f"{prefix}noise_multiplier", lambda value: _typed(float, value)),
+            self.many(f"{prefix}steps", lambda value: _typed(int, value)),
         )
         return tuple(Mechanism(*row) for row in zip(*columns, strict=True))
+
+    def budget(self) -> Budget | None:
+        numbers = self.many("budget", lambda value: _typed(float, value))
+        return Budget(*numbers) if numbers else None
 
     def vector(self, name: str, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
         vector = self._vectors.pop(name).numpy()
@@ -217,13 +226,15 @@ def _unpack(record: RecordDict) -> Request | Reply:
 def _message(kind: str, facts: _Facts) -> Request | Reply:
     match kind:
         case "enrol_request":
-            return EnrolRequest(facts.text("study_digest"))
+            return EnrolRequest(facts.text("study_digest"), facts.text("run"), facts.data("signature"))
         case "enrolment":
             return Enrolment(
                 facts.text("site"),
                 facts.text("holdout_commitment"),
                 facts.take(bool, "record_is_patient"),
                 facts.history(),
+                facts.history("earlier_"),
+                facts.budget(),
                 facts.number("last_attempt"),
                 facts.text("identity"),
                 facts.text("roster_digest"),
@@ -293,11 +304,11 @@ def _train_request(facts: _Facts) -> TrainRequest:
     return TrainRequest(facts.text("study_digest"), facts.number("round"), generator, discriminator)
 
 
-def _history_facts(history: History) -> dict[str, Any]:
+def _history_facts(prefix: str, history: History) -> dict[str, Any]:
     return {
-        "sampling_probability": [m.sampling_probability for m in history],
-        "noise_multiplier": [m.noise_multiplier for m in history],
-        "steps": [m.steps for m in history],
+        f"{prefix}sampling_probability": [m.sampling_probability for m in history],
+        f"{prefix}noise_multiplier": [m.noise_multiplier for m in history],
+        f"{prefix}steps": [m.steps for m in history],
     }
 
 

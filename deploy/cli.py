@@ -17,7 +17,9 @@ EXAMPLES = """examples:
   synthward simulate study.toml --site a=DIR --site b=DIR   train on the data of two sites
   synthward simulate --resume runs/try                      go on after Ctrl-C
   synthward generate runs/try --count 100 --out images      draw synthetic images
-  synthward site init FOLDER --name north --data SCANS      write a site's settings; then site keygen, site pin
+  synthward site init FOLDER --name north --data SCANS      write a site's settings; then site keygen
+  synthward policy init FOLDER --epsilon 8 --delta 1e-5     write its policy and ledger; then site pin
+  synthward ledger show FOLDER                              what is spent and left
   synthward roster make north=a.pub south=b.pub --out roster.json
 
 exit status: 0 done, 1 a defect (please report it), 2 wrong usage or configuration, 3 refused by a site,
@@ -77,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_site(commands)
     _add_roster(commands)
+    _add_study(commands)
+    _add_policy(commands)
+    _add_ledger(commands)
+    _add_privacy(commands)
     return parser
 
 
@@ -242,14 +248,11 @@ def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     init = parts.add_parser(
         "init",
         help="write a site's settings, site.toml",
-        epilog="example: synthward site init /srv/synthward/north --name north --data /srv/scans --minimum-cohort 3",
+        epilog="example: synthward site init /srv/synthward/north --name north --data /srv/scans",
     )
     init.add_argument("folder", type=Path, metavar="FOLDER", help="the site's own folder; made when absent")
     init.add_argument("--name", required=True, metavar="NAME", help="the site's name in study and roster")
     init.add_argument("--data", type=Path, required=True, metavar="PATH", help="the site's images, only read")
-    init.add_argument(
-        "--minimum-cohort", type=_positive, default=2, metavar="N", help="join no sum over fewer sites (default 2)"
-    )
     _add_debug(init)
     init.set_defaults(run=_site_init)
 
@@ -277,7 +280,7 @@ def _add_site(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _site_init(options: argparse.Namespace) -> None:
     from deploy.identities import init
 
-    init(options.folder.resolve(), options.name, options.data, options.minimum_cohort)
+    init(options.folder.resolve(), options.name, options.data)
 
 
 def _site_keygen(options: argparse.Namespace) -> None:
@@ -333,6 +336,168 @@ def _roster_digest(options: argparse.Namespace) -> None:
     from deploy.identities import digest
 
     digest(options.roster)
+
+
+# ---------------------------------------------------------------- study, policy
+
+
+def _add_study(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    study = commands.add_parser("study", help="print a study's digest, or sign it for sites that trust the signer")
+    parts = study.add_subparsers(required=True, metavar="COMMAND")
+    digest = parts.add_parser("digest", help="print the digest that a site's policy lists")
+    digest.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, with its contracted patients")
+    _add_debug(digest)
+    digest.set_defaults(run=_study_digest)
+
+    sign = parts.add_parser(
+        "sign",
+        help="sign a study; writes STUDY.toml.sig beside it",
+        epilog="example: synthward study sign study.toml --key coordinator/identity.key (made by site keygen)",
+    )
+    sign.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, with its contracted patients")
+    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="the signer's private key")
+    _add_debug(sign)
+    sign.set_defaults(run=_study_sign)
+
+
+def _study_digest(options: argparse.Namespace) -> None:
+    from deploy.policies import study_digest
+
+    study_digest(options.study)
+
+
+def _study_sign(options: argparse.Namespace) -> None:
+    from deploy.policies import study_sign
+
+    study_sign(options.study, options.key)
+
+
+def _add_policy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    policy = commands.add_parser("policy", help="write a site's policy, or explain what it says to a study")
+    parts = policy.add_subparsers(required=True, metavar="COMMAND")
+    init = parts.add_parser(
+        "init",
+        help="write a commented policy.toml that allows no study yet, and an empty ledger",
+        epilog="example: synthward policy init /srv/synthward/north --epsilon 8 --delta 1e-5 --minimum-cohort 3",
+    )
+    init.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder, with site.toml")
+    init.add_argument("--epsilon", type=float, required=True, metavar="E", help="budget of each patient, for ever")
+    init.add_argument("--delta", type=float, required=True, metavar="D", help="at most 1 / (10 x patients)")
+    init.add_argument(
+        "--minimum-cohort", type=_positive, default=2, metavar="N", help="join no sum over fewer sites (default 2)"
+    )
+    init.add_argument("--public", action="store_true", help="anyone may have these images: not for a hospital's own")
+    _add_debug(init)
+    init.set_defaults(run=_policy_init)
+
+    check = parts.add_parser(
+        "check",
+        help="show, rule by rule, whether the policy allows a study, and why",
+        epilog="exit status 0 when the study is allowed, 3 when it is refused",
+    )
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
+    check.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, with its contracted patients")
+    check.add_argument("--signature", type=Path, metavar="FILE", help="STUDY.toml.sig, where signers are trusted")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    _add_debug(check)
+    check.set_defaults(run=_policy_check)
+
+
+def _policy_init(options: argparse.Namespace) -> None:
+    from deploy.policies import init
+
+    init(options.folder.resolve(), options.epsilon, options.delta, options.minimum_cohort, options.public)
+
+
+def _policy_check(options: argparse.Namespace) -> None:
+    from deploy.policies import check
+
+    check(options.folder.resolve(), options.study, options.signature, options.json)
+
+
+# ---------------------------------------------------------------- ledger, privacy
+
+
+def _add_ledger(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    ledger = commands.add_parser("ledger", help="what a site has spent, over all studies")
+    parts = ledger.add_subparsers(required=True, metavar="COMMAND")
+    show = parts.add_parser("show", help="print what is spent and left, by data set and study")
+    show.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    _add_debug(show)
+    show.set_defaults(run=_ledger_show)
+
+    verify = parts.add_parser("verify", help="walk the chain of lines; compare with a signed statement")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
+    verify.add_argument("--statement", type=Path, metavar="FILE", help="an earlier file of `synthward ledger export`")
+    _add_debug(verify)
+    verify.set_defaults(run=_ledger_verify)
+
+    export = parts.add_parser(
+        "export",
+        help="write a signed statement for the data protection officer",
+        epilog="example: synthward ledger export /srv/synthward/north --out ledger-2026-11.json",
+    )
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder, with its key")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="new file")
+    _add_debug(export)
+    export.set_defaults(run=_ledger_export)
+
+    plan = parts.add_parser(
+        "plan",
+        help="print whether a study would fit into what is left, before anyone joins",
+        epilog="exit status 0 when it fits, 3 when it does not",
+    )
+    plan.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
+    plan.add_argument("study", type=Path, metavar="STUDY.toml", help="the study")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    _add_debug(plan)
+    plan.set_defaults(run=_ledger_plan)
+
+
+def _ledger_show(options: argparse.Namespace) -> None:
+    from deploy.ledgers import show
+
+    show(options.folder.resolve(), as_json=options.json)
+
+
+def _ledger_verify(options: argparse.Namespace) -> None:
+    from deploy.ledgers import verify
+
+    verify(options.folder.resolve(), options.statement)
+
+
+def _ledger_export(options: argparse.Namespace) -> None:
+    from deploy.ledgers import export
+
+    export(options.folder.resolve(), options.out)
+
+
+def _ledger_plan(options: argparse.Namespace) -> None:
+    from deploy.ledgers import plan
+
+    plan(options.folder.resolve(), options.study, as_json=options.json)
+
+
+def _add_privacy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    privacy = commands.add_parser("privacy", help="attack the mechanism itself, and compare with its claim")
+    parts = privacy.add_subparsers(required=True, metavar="COMMAND")
+    audit = parts.add_parser(
+        "audit",
+        help="look at many single steps with and without canary patients; print the lower bound beside the claim",
+        epilog="exit status 0 when the claim stands, 3 when it is refuted",
+    )
+    audit.add_argument("study", nargs="?", type=Path, metavar="STUDY.toml", help="default: the built-in phantom study")
+    audit.add_argument("--trials", type=_positive, default=10_000, metavar="N", help="steps a side (default 10000)")
+    audit.add_argument("--json", action="store_true", help="print JSON")
+    _add_debug(audit)
+    audit.set_defaults(run=_privacy_audit)
+
+
+def _privacy_audit(options: argparse.Namespace) -> None:
+    from deploy.privacy_audit import audit
+
+    audit(options.study, options.trials, as_json=options.json)
 
 
 # ---------------------------------------------------------------- arguments

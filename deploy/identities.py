@@ -5,19 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from client.identity import KEY_FILE, load_member, make_identity, pin_roster, read_public
+from client.policy import Policy
 from client.settings import FILE_NAME, SiteSettings
 from common.errors import ConfigError
 from common.secagg.roster import load_roster, make_roster
 
 
-def init(folder: Path, name: str, data: Path, minimum_cohort: int) -> None:
+def init(folder: Path, name: str, data: Path) -> None:
     """Write a site's settings. Raises ConfigError when there are some, or a name or path is wrong."""
     path = folder / FILE_NAME
     if path.exists():
         raise ConfigError(f"{path} exists already.", "Edit it, or give another folder.")
     if not data.is_dir():
         raise ConfigError(f"{data} is not a folder.", "Give the folder of the site's images.")
-    SiteSettings.checked(name=name, data=data.resolve(), folder=folder, minimum_cohort=minimum_cohort).save()
+    SiteSettings.checked(name=name, data=data.resolve(), folder=folder).save()
     print(path)
 
 
@@ -35,14 +36,15 @@ def pin(folder: Path, roster_file: Path, digest: str) -> None:
     Raises:
         ConfigError: no roster, or another one.
         SiteError: no settings or key, or the roster has another key for this site. Nothing is changed.
+        PolicyError: no policy, where the digest belongs. Nothing is changed.
     """
-    settings, roster = SiteSettings.load(folder), load_roster(roster_file)
+    settings, policy, roster = SiteSettings.load(folder), Policy.load(folder), load_roster(roster_file)
     if roster.digest != digest:
         raise ConfigError(
             f"{roster_file} has the digest {roster.digest}, not the one given.",
             "Compare it with the coordinator by telephone; ask for the file again if it differs.",
         )
-    load_member(settings.model_copy(update={"roster_digest": digest}), roster)
+    load_member(settings, policy.model_copy(update={"roster_digest": digest}), roster)
     pin_roster(settings, roster)
     print(f"{settings.name} has pinned the roster {digest} of {len(roster.sites)} sites")
 

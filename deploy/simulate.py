@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from client.identity import pin_roster, simulated_roster
 from client.log import site_log
 from client.settings import SiteSettings
+from client.simulated import allow, simulated_roster
 from common import progress
 from common.config import StudyConfig
 from common.errors import INTERNAL, ConfigError, FederationError, SiteError
@@ -108,15 +108,6 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
     refused: dict[str, str] = {}
     for settings in simulation.sites:
         bars.say(f"checking the data of {settings.name}")
-        settings = pin_roster(
-            settings.model_copy(
-                update={
-                    "minimum_cohort": max(2, study.federation.minimum_sites),
-                    "allow_plain": study.federation.aggregation == "plain",
-                }
-            ),
-            roster,
-        )
         try:
             num_patients = _prepare(settings, study)
         except Exception as error:  # one site's trouble does not end the run
@@ -130,7 +121,11 @@ def _prepare_sites(simulation: Simulation, bars: ProgressBars) -> tuple[StudyCon
             f"Expected at least {minimum} sites with usable data, found {len(taking_part)}.",
             "Each site's reason stands above and in its site.log.",
         )
-    return study.with_changes("federation", contracted_patients=taking_part), refused
+    study = study.with_changes("federation", contracted_patients=taking_part)
+    for settings in simulation.sites:
+        if settings.name in taking_part:
+            allow(settings, study, roster)
+    return study, refused
 
 
 def check_number(study: StudyConfig, num_sites: int) -> None:

@@ -29,8 +29,10 @@ def main(grid: Grid, context: Context) -> None:
         )
     study = StudyConfig.from_run_config(config)
     refused = dict(pair.split("=") for pair in str(config.get("run.refused_sites", "")).split(",") if pair)
+    signature = bytes.fromhex(str(config.get("run.study_signature", "")))
+    device, resume = str(config["run.device"]), bool(config["run.resume"])
     try:
-        run_study(study, FlowerChannel(grid), out, str(config["run.device"]), bool(config["run.resume"]), refused)
+        run_study(study, FlowerChannel(grid), out, device, resume, refused, signature)
     except BaseException:
         _report_failure(out)
         raise

@@ -9,6 +9,7 @@ is resumed, each site's own history takes the place of what the record assumed.
 | was asked to train | one planned round more, whatever became of its answer |
 | refused with a code that a site gives only before it charges | what was charged before |
 | refused with ``budget_exhausted`` | the whole plan: an interrupted round is paid for and lost |
+| refused with ``ledger`` | one planned round: the line may have been written |
 """
 
 import math
@@ -21,19 +22,23 @@ from common.errors import (
     BudgetExhausted,
     ConfigError,
     OutOfOrder,
+    OverBudget,
+    PolicyError,
     PrivacyError,
     SiteError,
     TooFewSurvivors,
 )
+from common.messages import Enrolment
 from common.privacy import accounting
 from common.privacy.accounting import History
 from common.privacy.plan import PrivacyPlan
 from server import record
-from server.record import RunRecord, SiteRecord
+from server.record import BudgetRecord, RunRecord, SiteRecord
 from server.round import RoundOutcome
 
 BEFORE_CHARGE = frozenset(
-    kind.code for kind in (SiteError, ConfigError, PrivacyError, BadPeer, OutOfOrder, TooFewSurvivors)
+    kind.code
+    for kind in (SiteError, ConfigError, PrivacyError, PolicyError, OverBudget, BadPeer, OutOfOrder, TooFewSurvivors)
 )
 SAME_PLAN = 1e-6  # relative; sites calibrate the noise on machines of their own
 
@@ -51,9 +56,12 @@ def is_possible(study: StudyConfig, plan: PrivacyPlan | None, site: SiteRecord, 
     )
 
 
-def enrol(site: SiteRecord, history: History) -> None:
-    """Take over what a site says that it has charged."""
-    _set(site, history)
+def enrol(site: SiteRecord, reply: Enrolment) -> None:
+    """Take over what a site says that it has charged, in this study and before, and its budget."""
+    site.earlier = record.mechanisms(reply.earlier)
+    if reply.budget is not None:
+        site.budget = BudgetRecord(epsilon=reply.budget.epsilon, delta=reply.budget.delta)
+    _set(site, reply.history)
 
 
 def charge_ahead(
@@ -82,7 +90,7 @@ def settle(plan: PrivacyPlan | None, run: RunRecord, outcome: RoundOutcome, befo
 
 def is_spent(study: StudyConfig, outcome: RoundOutcome, num_sites: int) -> bool:
     """Whether a round failed for nothing but spent budgets, as after an interruption: then training is over."""
-    spent = sum(code == BudgetExhausted.code for code in outcome.refusals.values())
+    spent = sum(code in (BudgetExhausted.code, OverBudget.code) for code in outcome.refusals.values())
     others = num_sites - len(outcome.refusals)
     return outcome.update is None and others + spent >= study.federation.minimum_sites > others
 

@@ -19,8 +19,13 @@ NODES_TIMEOUT_SECONDS = 600.0
 ENROLMENT_CHANGED, OTHER_ROSTER = "enrolment_changed", "other_roster"
 
 
-def enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPlan | None) -> dict[int, Enrolment]:
+def enrol(
+    study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPlan | None, signature: bytes = b""
+) -> dict[int, Enrolment]:
     """Ask every connected site to take part, and put those that do into the record.
+
+    Args:
+        signature: of the study, for sites that trust its signer.
 
     Returns:
         What each of them said, by node id.
@@ -32,7 +37,7 @@ def enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPla
     contract, minimum = study.federation.contracted_patients, study.federation.minimum_sites
     nodes = channel.nodes(minimum, max(minimum, len(contract)), NODES_TIMEOUT_SECONDS)
     # A site checks all of its files before it answers, which takes as long as a round may.
-    requests = dict.fromkeys(nodes, EnrolRequest(study.digest))
+    requests = dict.fromkeys(nodes, EnrolRequest(study.digest, run.run, signature))
     answers = dict(channel.ask(requests, "enrol", study.federation.round_timeout_seconds))
     enrolled: dict[int, Enrolment] = {}
     # A resumed run asks all sites of the contract anew; those refused in preparation are not in it.
@@ -42,7 +47,7 @@ def enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPla
     for node, reply in sorted(answers.items()):
         if isinstance(reply, Refusal):
             run.refused_nodes.append(reply.code)
-        elif not isinstance(reply, Enrolment) or reply.site not in contract or not _has_identity(study, reply):
+        elif not isinstance(reply, Enrolment) or reply.site not in contract or not _is_complete(study, reply):
             run.refused_nodes.append(MALFORMED)
         elif reply.site in {other.site for other in enrolled.values()}:
             run.refused_nodes.append(MALFORMED)
@@ -70,9 +75,13 @@ def enrol(study: StudyConfig, channel: Channel, run: RunRecord, plan: PrivacyPla
     return enrolled
 
 
-def _has_identity(study: StudyConfig, reply: Enrolment) -> bool:
-    """Whether the site gave a public key, where the study needs one. Whose it is, only the other sites can tell."""
-    return study.federation.aggregation == "plain" or re.fullmatch("[0-9a-f]{64}", reply.identity) is not None
+def _is_complete(study: StudyConfig, reply: Enrolment) -> bool:
+    """Whether the site gave a public key and a budget where the study needs them.
+
+    Whose the key is, only the other sites can tell.
+    """
+    has_key = re.fullmatch("[0-9a-f]{64}", reply.identity) is not None
+    return (study.federation.aggregation == "plain" or has_key) and study.privacy.enabled == (reply.budget is not None)
 
 
 def _common_roster(contract: Collection[str], replies: Iterable[Reply]) -> str:
@@ -94,7 +103,7 @@ def _enter(study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, reply: 
         site = _new_site(study, reply)
     if not charging.is_possible(study, plan, site, reply.history):
         return False
-    charging.enrol(site, reply.history)
+    charging.enrol(site, reply)
     if site not in run.sites:
         run.sites.append(site)
     return True

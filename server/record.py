@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +34,25 @@ class MechanismRecord(Record):
     steps: int
 
 
+class BudgetRecord(Record):
+    """The most that a site's policy allows for any of its patients, and what is spent of it, all studies together.
+
+    The spent figures are epsilons at the budget's ``delta``: of what other studies had charged when the site enrolled,
+    of this study, and of both together.
+    """
+
+    epsilon: float
+    delta: float
+    spent_before: float = 0.0
+    spent_here: float = 0.0
+    spent_after: float = 0.0
+
+
 class SiteRecord(Record):
     """One site's part. Patients are contracted sizes, public; nothing here depends on an image.
 
-    ``epsilon`` is None when the study is not private, and None in JSON must be read as unbounded. ``mechanisms`` is
-    what the site is charged.
+    ``epsilon`` is of this study alone, None when it is not private, and None in JSON must be read as unbounded.
+    ``mechanisms`` is what the site is charged in this study, ``earlier`` what other studies charged it.
     """
 
     name: str
@@ -45,6 +60,8 @@ class SiteRecord(Record):
     delta: float | None
     accountant: Literal["prv", "rdp", "none"]
     mechanisms: list[MechanismRecord] = Field(default_factory=list)
+    earlier: list[MechanismRecord] = Field(default_factory=list)
+    budget: BudgetRecord | None = None
     rounds: list[int] = Field(default_factory=list)
     refusals: dict[str, int] = Field(default_factory=dict)
     patients_trained: int
@@ -63,7 +80,8 @@ class WarmStartRecord(Record):
 
 
 class RunRecord(Record):
-    """``run.json``. ``started`` and ``finished`` are UTC; ``finished`` is None while the run goes on.
+    """``run.json``. Times are UTC; ``finished`` is None while the run goes on. ``run`` is random: the sites' ledgers name
+    it.
 
     ``refused_sites`` has the code of each site that takes no part, by name; ``refused_nodes`` those of sites that
     refused before they gave a name.
@@ -72,6 +90,7 @@ class RunRecord(Record):
     schema_version: Literal[1] = 1
     status: Literal["running", "completed", "interrupted", "failed"] = "running"
     error: str = ""
+    run: str = ""
     started: str = ""
     finished: str | None = None
     study: dict[str, Any]
@@ -126,15 +145,24 @@ def mechanisms(history: History) -> list[MechanismRecord]:
 
 
 def history(site: SiteRecord) -> History:
-    """The mechanisms of a site's record, to compute with."""
-    return tuple(Mechanism(m.sampling_probability, m.noise_multiplier, m.steps) for m in site.mechanisms)
+    """What a site is charged in this study, to compute with."""
+    return _history(site.mechanisms)
+
+
+def _history(mechanisms: Iterable[MechanismRecord]) -> History:
+    return tuple(Mechanism(m.sampling_probability, m.noise_multiplier, m.steps) for m in mechanisms)
 
 
 def set_epsilon(site: SiteRecord, accountant: Literal["prv", "rdp"]) -> None:
-    """Fill in the site's epsilon: RDP while the run goes on, PRV for the figure that stays."""
+    """Fill in the site's epsilons: RDP while the run goes on, PRV for the figures that stay."""
+    compute = accounting.epsilon if accountant == "prv" else accounting.rdp_epsilon
     if site.delta is not None:
-        compute = accounting.epsilon if accountant == "prv" else accounting.rdp_epsilon
         site.epsilon, site.accountant = compute(history(site), site.delta), accountant
+    if site.budget is not None:
+        earlier, delta = _history(site.earlier), site.budget.delta
+        site.budget.spent_before = compute(earlier, delta)
+        site.budget.spent_here = compute(history(site), delta)
+        site.budget.spent_after = compute((*earlier, *history(site)), delta)
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:

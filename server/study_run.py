@@ -1,6 +1,7 @@
 """The server's flow of a whole study: warm start, enrolment, rounds, and what the run leaves."""
 
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_study(
     device: str,
     resume: bool,
     refused: Mapping[str, str] | None = None,
+    signature: bytes = b"",
 ) -> RunRecord:
     """Train the study to its last round and write everything a run leaves into ``out``.
 
@@ -45,6 +47,7 @@ def run_study(
         device: ``auto``, ``cpu`` or ``cuda``, for the warm start and the record.
         resume: go on from the newest checkpoint in ``out``; a run that has none yet begins.
         refused: sites known to take no part, the code by name.
+        signature: of the study (``common/study_signature.py``); empty for none.
 
     Raises:
         ConfigError: ``out`` holds another run, or the study cannot be run.
@@ -59,7 +62,7 @@ def run_study(
         run, state = _begin(study, out, torch_device, plan, refused or {})
     before = run.seconds.get("total", 0.0)
     try:
-        enrolled = enrol(study, channel, run, plan)
+        enrolled = enrol(study, channel, run, plan, signature)
         rounds = _rounds(study, channel, enrolled)
         attempts = 0
         while state.round < study.federation.rounds:
@@ -129,6 +132,7 @@ def _begin(
     started = record.now()
     start = warm_start(study, device)
     run = RunRecord(
+        run=secrets.token_hex(8),
         started=started,
         study=study.model_dump(mode="json"),
         study_digest=study.digest,

@@ -25,7 +25,7 @@ from common.messages import (
     UnmaskRequest,
     UnmaskShares,
 )
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import Budget, Mechanism
 from common.secagg.encoding import MODULUS_BITS, Encoding
 from common.secagg.keys import AdvertisedKeys
 
@@ -35,6 +35,7 @@ site_names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 labels = st.text(min_size=1, max_size=20).filter(lambda text: text == text.strip() and not set(text) & set(",="))
 vectors = arrays.arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32, allow_nan=True))
 mechanisms = st.builds(Mechanism, st.floats(1e-6, 1), st.floats(0.05, 1e5), st.integers(1, 10**6))
+budgets = st.none() | st.builds(Budget, st.floats(1e-6, 1e6), st.floats(1e-12, 0.5))
 histories = st.lists(mechanisms, max_size=4).map(tuple)
 
 texts = st.text(max_size=100)
@@ -45,7 +46,7 @@ packed = arrays.arrays(np.uint8, st.integers(0, 60))
 advertised = st.builds(AdvertisedKeys, texts, few_bytes, few_bytes, few_bytes)
 train_requests = st.builds(TrainRequest, texts, counts, vectors, vectors)
 requests: st.SearchStrategy[Request] = st.one_of(
-    st.builds(EnrolRequest, texts),
+    st.builds(EnrolRequest, texts, texts, few_bytes),
     train_requests,
     st.builds(AdvertiseKeysRequest, texts, counts),
     st.builds(ShareKeysRequest, texts, counts, st.lists(advertised, max_size=4).map(tuple)),
@@ -54,7 +55,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(UnmaskRequest, texts, counts, named_bytes),
 )
 replies: st.SearchStrategy[Reply] = st.one_of(
-    st.builds(Enrolment, site_names, texts, st.booleans(), histories, counts, texts, texts),
+    st.builds(Enrolment, site_names, texts, st.booleans(), histories, histories, budgets, counts, texts, texts),
     st.builds(LocalUpdate, counts, vectors),
     advertised,
     st.builds(SealedShares, counts, named_bytes, named_bytes, named_bytes, few_bytes),

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.data.slices import PreparedCohort
+from client.simulated import account_for
 from client.training import SiteStudy, train_round
 from common.config import StudyConfig
 from common.messages import TrainRequest
@@ -75,7 +76,9 @@ def _train(study: StudyConfig, state: GanState) -> tuple[GanState, float]:
             site_folder.mkdir()
             ids = tuple(str(patient) for patient in range(trained))
             cohort = PreparedCohort(images, labels, ids, starts, ())
-            sites[name] = SiteStudy(study, name, site_folder, cohort, trained, "cpu")
+            sites[name] = SiteStudy(
+                study, name, site_folder, cohort, trained, "cpu", account_for(study, site_folder, ids)
+            )
         for _ in range(study.federation.rounds):
             request = TrainRequest(study.digest, state.round + 1, state.generator, state.discriminator)
             total = np.sum([train_round(site, request).vector for site in sites.values()], axis=0)

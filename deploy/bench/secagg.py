@@ -36,6 +36,7 @@ from client import secure_round
 from client.identity import Member
 from client.secagg import SiteRound
 from client.secure_round import SecureSite
+from client.simulated import account_for
 from client.updates import MadeUpdate
 from common import wire
 from common.config import StudyConfig
@@ -300,8 +301,10 @@ class _OnDisk:
     """A site as it is deployed, but for its training."""
 
     def __init__(self, study: StudyConfig, member: Member, folder: Path) -> None:
-        self.masks, self._at = 0, SecureSite(study, member, folder / member.site)
-        self._at.folder.mkdir()
+        own = folder / member.site
+        own.mkdir()
+        account = account_for(study, own, map(str, range(100)))
+        self.masks, self._at = 0, SecureSite(study, member, own, lambda: account)
 
     def answer(self, request: Request, vector: Vector) -> Reply:
         match request:

@@ -104,6 +104,7 @@ def _privacy(run: RunRecord, study: StudyConfig, metrics: Sequence[dict[str, Any
         "worst": max(private, key=lambda site: site.epsilon or 0.0, default=None),
         "sum_epsilon": sum(site.epsilon or 0.0 for site in private),
         "sum_delta": sum(site.delta or 0.0 for site in private),
+        "budgets": [site for site in run.sites if site.budget is not None],
         "factor": words.factor_text(study.privacy.epsilon),
         "curves": [(", ".join(curve.sites), curve.points) for curve in curves],
         "epsilon_chart": _epsilon_chart(curves, study) if curves else "",

@@ -114,7 +114,8 @@ crash can over-count and never under-count</td></tr>
 <li>A patient known at several sites: there the sites' epsilons and deltas add up (group privacy)
 {%- if run.sites | length > 1 %}, at all {{ run.sites | length }} sites to ε = {{ sum_epsilon | epsilon }} at
 δ = {{ sum_delta | number }}{% endif %}.</li>
-<li>What a site has spent in other studies on the same patients: it comes on top.</li>
+<li>What a site has spent in other studies on the same patients: it comes on top, as the
+table of the sites' budgets shows.</li>
 <li>Against someone with access to a site itself: the images are there.</li>
 <li>What holds for patients in general: a network may show what a disease looks like, and that is its purpose.</li>
 </ul></div>
@@ -178,6 +179,24 @@ _SITES = """
 </tbody></table></div>
 {% else %}
 <p>No site took part.</p>
+{% endif %}
+{% if budgets %}
+<h3 class="next">The sites' budgets</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="Budgets">
+<table class="wide"><caption>Each site's policy holds a budget for each of its patients, over all studies together, and
+its ledger what was spent. Other studies count in full here, on whichever of the site's patients. All ε at the budget's
+δ.</caption>
+<thead><tr><th scope="col">Site</th><th scope="col" class="n">ε spent before,<br>in other studies</th>
+<th scope="col" class="n">ε of<br>this study</th><th scope="col" class="n">ε after,<br>all together</th>
+<th scope="col" class="n">Budget ε</th><th scope="col" class="n">at δ</th></tr></thead><tbody>
+{% for site in budgets %}
+<tr><th scope="row">{{ site.name }}</th><td class="n">{{ site.budget.spent_before | epsilon }}</td>
+<td class="n">{{ site.budget.spent_here | epsilon }}</td>
+<td class="n"><b{% if site.budget.spent_after > site.budget.epsilon %} class="over"{% endif %}>
+{{- site.budget.spent_after | epsilon }}</b></td><td class="n">{{ site.budget.epsilon | number }}</td>
+<td class="n">{{ site.budget.delta | number }}</td></tr>
+{% endfor %}
+</tbody></table></div>
 {% endif %}
 {% if refused_sites %}
 <h3 class="next">Took no part</h3>

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import chisquare
 
 from client.identity import Member
+from client.policy import Policy
 from client.round_file import ROUND_FILE
 from client.secagg import SiteRound
 from client.settings import SiteSettings
@@ -160,7 +161,7 @@ class Folders:
         return secure_site(self.folders[name], self.study).member.identity
 
     def roster_digest(self) -> str:
-        return SiteSettings.load(next(iter(self.folders.values()))).roster_digest
+        return Policy.load(next(iter(self.folders.values()))).roster_digest
 
     def study_folder(self, name: str) -> Path:
         return SiteSettings.load(self.folders[name]).study_folder(self.study_digest)

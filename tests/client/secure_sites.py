@@ -11,9 +11,11 @@ from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app
-from client.identity import load_member, pin_roster, simulated_roster
+from client.identity import load_member
+from client.policy import Policy
 from client.secure_round import SecureSite
 from client.settings import SiteSettings
+from client.simulated import allow, simulated_roster
 from common import wire
 from common.config import StudyConfig
 from common.messages import (
@@ -25,7 +27,7 @@ from common.messages import (
     ShareKeysRequest,
     UnmaskRequest,
 )
-from tests.client.sites import study_of
+from tests.client.sites import account_in, study_of
 
 NAMES = ("east", "north", "south", "west")
 
@@ -44,28 +46,44 @@ def make_sites(
     folder: Path,
     names: Sequence[str] = NAMES,
     data: Mapping[str, Path] | None = None,
-    **settings: Any,
+    study: StudyConfig | None = None,
 ) -> dict[str, Path]:
-    """A folder a site with its key, the consortium's roster and the pinned digest; patients only where ``data`` says.
+    """A folder a site with its key, policy, ledger and the consortium's roster; patients only where ``data`` says.
 
     Args:
         folder: where the sites' folders go.
         names: the sites.
         data: folders of images by site; the stages that train nobody need none.
-        settings: of every site, beside name, data, folder and device.
+        study: which the sites' policies allow; others need ``allow_too``.
     """
     folders = {name: folder / name for name in names}
     roster = simulated_roster(folders)
     for name, path in folders.items():
         images = (data or {}).get(name, folder / f"no-data-{name}")
-        pin_roster(SiteSettings(name=name, data=images, folder=path, device="cpu", **settings), roster)
+        allow(SiteSettings(name=name, data=images, folder=path, device="cpu"), study or secure_study(names), roster)
     return folders
+
+
+def allow_too(folder: Path, study: StudyConfig, **changes: Any) -> None:
+    """Let a site's policy allow this study as well, whatever it asks, with further changes of the policy's keys."""
+    policy = Policy.load(folder)
+    policy.model_copy(
+        update={
+            "study_digests": (*policy.study_digests, study.digest),
+            "outputs": ("masked_updates", "plain_updates"),
+            "data": tuple(
+                data.model_copy(update={"epsilon": 100.0, "public": not study.privacy.enabled}) for data in policy.data
+            ),
+            **changes,
+        }
+    ).save(folder)
 
 
 def secure_site(folder: Path, study: StudyConfig) -> SecureSite:
     """The site as ``client/secure_round.py`` takes it."""
     settings = SiteSettings.load(folder)
-    return SecureSite(study, load_member(settings), settings.study_folder(study.digest))
+    member = load_member(settings, Policy.load(folder))
+    return SecureSite(study, member, settings.study_folder(study.digest), lambda: account_in(folder, study))
 
 
 @contextmanager

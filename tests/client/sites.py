@@ -1,15 +1,21 @@
 """A small site in memory: bright and dark patients, a study of three rounds."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from client import ledger
+from client.accountant import SiteAccountant, terms
+from client.data import cohort as cohort_module
 from client.data.slices import PreparedCohort
 from client.training import SiteStudy
 from common.config import StudyConfig
 from common.gan.networks import build_discriminator, build_generator, num_parameters
 from common.messages import TrainRequest
+from common.privacy.accounting import Budget, History
+from common.privacy.plan import make_plan
 
 IMAGES = (1, 4, 2, 9, 1, 3, 2, 1)  # of each patient
 
@@ -49,8 +55,43 @@ def cohort_of(counts: tuple[int, ...] = IMAGES, size: int = 28) -> PreparedCohor
     return PreparedCohort(images, np.zeros(len(owner), np.int64), names, starts, ())
 
 
+KEY = bytes(range(32))
+"""Of the ledgers that tests make for themselves."""
+
+
 def site_of(folder: Path, study: StudyConfig | None = None, cohort: PreparedCohort | None = None) -> SiteStudy:
-    return SiteStudy(study or study_of(), "north", folder, cohort or cohort_of(), 8, "cpu")
+    """Train in ``folder``, which holds the site's ledger too; the empty path is for what neither trains nor charges."""
+    study, cohort = study or study_of(), cohort or cohort_of()
+    accountant = account_in(folder, study, cohort.patient_ids) if folder != Path() else None
+    return SiteStudy(study, "north", folder, cohort, 8, "cpu", accountant)
+
+
+def account_in(
+    folder: Path, study: StudyConfig, patients: Iterable[str] = ("a", "b"), budget: Budget | None = None
+) -> SiteAccountant | None:
+    """The study's account in the ledger of this folder, which is made when there is none."""
+    plan = make_plan(study)
+    if plan is None:
+        return None
+    if not (folder / ledger.FILE_NAME).exists():
+        ledger.create(folder)
+    budget = budget or Budget(study.privacy.epsilon, study.privacy.delta)
+    book = ledger.Ledger(folder, KEY)
+    data_set = ledger.data_set_of(KEY, folder / "images", patients)
+    return SiteAccountant(book, data_set, budget, study, "run", plan.mechanism, terms(book, study.digest, budget))
+
+
+def charged_in(folder: Path, study: StudyConfig) -> History:
+    """What the study has charged in the ledger of this folder; nothing when there is no ledger."""
+    if not (folder / ledger.FILE_NAME).exists():
+        return ()
+    key = ledger_key_of(folder) if (folder / cohort_module.KEY_NAME).exists() else KEY
+    return ledger.Ledger(folder, key).history_of(study.digest)
+
+
+def ledger_key_of(folder: Path) -> bytes:
+    """The key of a real site's ledger."""
+    return ledger.ledger_key(cohort_module.holdout_key(folder))
 
 
 def request_of(study: StudyConfig, round_number: int = 1, seed: int = 0) -> TrainRequest:

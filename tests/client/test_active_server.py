@@ -15,9 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.accountant import SiteAccountant
 from client.round_file import ROUND_FILE
-from client.settings import SiteSettings
 from common import wire
 from common.messages import (
     Confirmation,
@@ -35,7 +33,8 @@ from common.secagg.keys import AdvertisedKeys, Attempt
 from deploy.phantoms import write_bids
 from server.secagg import SecureSum, SumPlan
 from tests.client.attacker import STAGES, TOO_UNEVEN, Attacker, Folders, Machines, Sites, encoded, forged, uniformity
-from tests.client.secure_sites import NAMES, ask, copy_of, flower_task, make_sites, secure_study, send
+from tests.client.secure_sites import NAMES, allow_too, ask, copy_of, flower_task, make_sites, secure_study, send
+from tests.client.sites import charged_in
 from tests.consortium import names_of
 
 VICTIM, OTHER, THIRD, FOURTH = "north", "east", "south", "west"
@@ -73,7 +72,7 @@ def make(request: pytest.FixtureRequest, enrolled: dict[str, Path], tmp_path: Pa
         folders = copy_of(enrolled, tmp_path / "sites")
         study = secure_study(federation={"minimum_sites": minimum})
         for site in folders.values() if (minimum, own_minimum) != (2, 2) else ():
-            SiteSettings.load(site).model_copy(update={"minimum_cohort": own_minimum}).save()
+            allow_too(site, study, minimum_cohort=own_minimum)
             assert not isinstance(ask(site, study, EnrolRequest(study.digest)), Refusal)
         return Folders(folders, study, tmp_path)
 
@@ -803,7 +802,7 @@ def test_a_record_with_any_fact_changed_is_refused(
     reply, _ = send(sites.folders[VICTIM], sites.study, record, wire.action(request))
     assert isinstance(reply, Refusal), (key, changed)
     assert reply.code in ALLOWED
-    steps = num_steps(SiteAccountant(sites.study_folder(VICTIM), sites.study_digest).history)
+    steps = num_steps(charged_in(sites.folders[VICTIM], sites.study))
     assert steps == (0 if stage in STAGES[:3] else 2)  # and no patient was touched for it
 
 
@@ -864,7 +863,7 @@ def test_a_damaged_shared_state_is_refused_before_anything_is_spent(
         {key: spoiled(value, how) if key == name else Array(value) for key, value in vectors.items()}
     )
     assert send(sites.folders[VICTIM], sites.study, record, wire.action(request))[0] == Refusal("bad_peer")
-    assert SiteAccountant(sites.study_folder(VICTIM), sites.study_digest).history == ()
+    assert charged_in(sites.folders[VICTIM], sites.study) == ()
 
 
 # ---------------------------------------------------------------- asks for the update without masks
@@ -877,16 +876,19 @@ def test_no_update_leaves_without_masks(
     study = secure_study(federation={"aggregation": aggregation})
     folders = copy_of(enrolled, tmp_path)
     site = folders[VICTIM]
-    SiteSettings.load(site).model_copy(update={"allow_plain": allow_plain}).save()
+    for folder in folders.values():
+        allow_too(folder, study)
+    if not allow_plain:
+        allow_too(site, study, outputs=("masked_updates",))
     ask(site, study, EnrolRequest(study.digest))
     sites = Folders(folders, study, tmp_path)
-    assert ask(site, study, sites.train) == Refusal("privacy")
-    assert SiteAccountant(sites.study_folder(VICTIM), study.digest).history == ()
+    assert ask(site, study, sites.train) == Refusal("bad_peer" if aggregation == "secure" else "site")  # not enrolled
+    assert charged_in(site, study) == ()
     # Nor does it in the middle of an attempt, and the attempt goes on untouched.
     if aggregation == "secure":
         attacker = Attacker(sites)
         attacker.walk("share_keys")
-        attacker.refused(VICTIM, sites.train, "privacy")
+        attacker.refused(VICTIM, sites.train, "bad_peer")
         attacker.walk("unmask", "masked_input")
 
 
@@ -896,7 +898,7 @@ def test_a_site_that_allows_it_and_a_study_that_says_so_send_the_update_as_it_is
     # The control: what keeps the update in the test above is the settings.
     study = secure_study(federation={"aggregation": "plain"})
     site = copy_of(enrolled, tmp_path)[VICTIM]
-    SiteSettings.load(site).model_copy(update={"allow_plain": True}).save()
+    allow_too(site, study)
     ask(site, study, EnrolRequest(study.digest))
     assert not isinstance(ask(site, study, Folders({VICTIM: site}, study, tmp_path).train), Refusal)
 
@@ -939,6 +941,7 @@ def test_the_difference_of_two_cohorts_is_no_sites_update(
     study = secure_study(secure_aggregation={"fraction_bits": 20})  # fine enough to tell two updates apart
     sites = Folders(copy_of(enrolled, tmp_path / "sites"), study, tmp_path)
     for site in sites.folders.values():
+        allow_too(site, study)
         ask(site, study, EnrolRequest(study.digest))
     first = Attacker(sites)
     first.walk("unmask" if finished else "masked_input")
@@ -948,7 +951,7 @@ def test_the_difference_of_two_cohorts_is_no_sites_update(
     later.walk("unmask", names=rest)
     for name in rest:  # trained anew under a charge of its own, which the site's file shows
         assert not np.array_equal(sites.vector(name), updates[name])
-        steps = num_steps(SiteAccountant(sites.study_folder(name), study.digest).history)
+        steps = num_steps(charged_in(sites.folders[name], study))
         assert steps == 4
     if finished:
         bound = (2 * len(NAMES)) * 2.0**-sites.encoding.fraction_bits

@@ -11,31 +11,39 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app, enrolment, training
-from client.accountant import SiteAccountant
+from client.accountant import open_ledger
 from client.enrolment import open_study
-from client.identity import pin_roster, simulated_roster
+from client.policy import Policy
 from client.settings import SiteSettings
+from client.simulated import allow, simulated_roster
 from common import wire
 from common.config import StudyConfig
 from common.errors import (
     BadPeer,
     BudgetExhausted,
     ConfigError,
+    LedgerError,
     OutOfOrder,
+    OverBudget,
+    PolicyError,
     PrivacyError,
     ProtocolError,
     SiteError,
     TooFewSurvivors,
 )
 from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request
-from common.privacy.accounting import num_steps
+from common.privacy.accounting import Budget, num_steps
+from common.secagg.roster import make_roster
+from common.study_signature import sign
 from deploy.phantoms import write_bids
 from tests.client import sites
+from tests.client.secure_sites import allow_too
 from tests.client.sites import request_of
 
 MARKER = "Zebra4711"
@@ -67,14 +75,18 @@ def site_at(folder: Path, phantoms: Path, name: str = "north", number: int = 1) 
     """A site's folder over its own copy of the phantom patients, whose folder names hold the marker."""
     data = folder / f"{MARKER}-{name}"
     shutil.copytree(phantoms / f"site-{number}", data)
-    settings = SiteSettings(name=name, data=data, folder=folder / f"site-{name}", device="cpu", allow_plain=True)
-    settings.save()
-    return settings.folder
+    return site_with(folder / f"site-{name}", data, name)
+
+
+def site_with(folder: Path, data: Path, name: str = "north") -> Path:
+    """A site's folder whose policy allows the tiny study; others are allowed with ``allow_too``."""
+    allow(SiteSettings(name=name, data=data, folder=folder, device="cpu"), study_of(), make_roster({name: bytes(32)}))
+    return folder
 
 
 def spent(site: Path, study: StudyConfig) -> int:
-    """Steps in the site's accountant."""
-    return num_steps(SiteAccountant(SiteSettings.load(site).study_folder(study.digest), study.digest).history)
+    """Steps in the site's ledger."""
+    return num_steps(open_ledger(site).history_of(study.digest))
 
 
 def ask(
@@ -148,12 +160,86 @@ def test_an_update_leaves_without_masks_only_when_study_and_site_say_so(
 ) -> None:
     study, folder = study_of(aggregation=study_says, minimum_sites=2), site_at(tmp_path, phantoms)
     roster = simulated_roster({"north": folder, "south": tmp_path / "site-south"})
-    pin_roster(SiteSettings.load(folder).model_copy(update={"allow_plain": site_allows}), roster)
-    assert isinstance(ask(folder, study, EnrolRequest(study.digest))[0], Enrolment)
+    roster.save(folder / "roster.json")
+    outputs = ("masked_updates", "plain_updates") if site_allows else ("masked_updates",)
+    allow_too(folder, study, outputs=outputs, roster_digest=roster.digest)
+    enrolled, _ = ask(folder, study, EnrolRequest(study.digest))
+    assert isinstance(enrolled, Enrolment) if study_says == "secure" else enrolled == Refusal("policy")
     refused, _ = ask(folder, study, request_of(study))
-    assert refused == Refusal("privacy")
-    assert "without masks" in log_of(folder)
+    assert refused == Refusal("bad_peer" if study_says == "secure" else "site")
     assert spent(folder, study) == 0
+
+
+def test_a_policy_that_is_narrowed_between_two_rounds_stops_the_site(tmp_path: Path, phantoms: Path) -> None:
+    study, folder = study_of(), site_at(tmp_path, phantoms)
+    ask(folder, study, EnrolRequest(study.digest))
+    assert isinstance(ask(folder, study, request_of(study, 1))[0], LocalUpdate)
+    policy = Policy.load(folder)
+    policy.model_copy(update={"outputs": ("masked_updates",)}).save(folder)
+    assert ask(folder, study, request_of(study, 2))[0] == Refusal("policy")
+    policy.model_copy(update={"data": (policy.data[0].model_copy(update={"epsilon": 3.5}),)}).save(folder)
+    assert ask(folder, study, request_of(study, 2))[0] == Refusal("over_budget")
+    (folder / "policy.toml").unlink()
+    for request in (request_of(study, 2), EnrolRequest(study.digest)):
+        assert ask(folder, study, request)[0] == Refusal("policy")
+    assert spent(folder, study) == 2
+    policy.save(folder)
+    assert isinstance(ask(folder, study, request_of(study, 2))[0], LocalUpdate)
+
+
+def test_a_study_that_the_policy_does_not_list_is_refused_before_any_image_is_read(
+    tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = site_at(tmp_path, phantoms), study_of().with_changes("", seed=1)
+    monkeypatch.setattr(enrolment, "prepare_data", raising(AssertionError("read the images")))
+    assert ask(folder, other, EnrolRequest(other.digest))[0] == Refusal("policy")
+    assert other.digest in log_of(folder)
+
+
+def test_a_study_that_a_trusted_signer_has_signed_is_allowed_and_stays_so(tmp_path: Path, phantoms: Path) -> None:
+    folder, other, signer = (
+        site_at(tmp_path, phantoms),
+        study_of().with_changes("", seed=1),
+        Ed25519PrivateKey.generate(),
+    )
+    public = signer.public_key().public_bytes_raw().hex()
+    policy = Policy.load(folder)
+    policy.model_copy(update={"study_signers": (public,)}).save(folder)
+    signature = sign(signer, other.digest)
+    for wrong in (
+        b"",
+        signature[:-1],
+        sign(signer, study_of().digest),
+        sign(Ed25519PrivateKey.generate(), other.digest),
+    ):
+        assert ask(folder, other, EnrolRequest(other.digest, "run", wrong))[0] == Refusal("policy")
+    assert isinstance(ask(folder, other, EnrolRequest(other.digest, "run", signature))[0], Enrolment)
+    assert isinstance(ask(folder, other, request_of(other))[0], LocalUpdate)
+    policy.save(folder)  # the signer is no longer trusted
+    assert ask(folder, other, request_of(other, 2))[0] == Refusal("policy")
+
+
+def test_a_second_study_is_refused_when_both_do_not_fit_and_told_what_the_first_one_spent(
+    tmp_path: Path, phantoms: Path
+) -> None:
+    first, second, folder = study_of(), study_of().with_changes("", seed=1), site_at(tmp_path, phantoms)
+    ask(folder, first, EnrolRequest(first.digest, "run-1"))
+    ask(folder, first, request_of(first, 1))
+    allow_too(folder, second)  # with a budget of 100
+    answer, _ = ask(folder, second, EnrolRequest(second.digest, "run-2"))
+    assert isinstance(answer, Enrolment)
+    assert (answer.history, num_steps(answer.earlier), answer.budget) == ((), 2, Budget(100.0, 1e-5))
+    policy = Policy.load(folder)
+    policy.model_copy(update={"data": (policy.data[0].model_copy(update={"epsilon": 5.0}),)}).save(folder)
+    assert ask(folder, second, EnrolRequest(second.digest, "run-2"))[0] == Refusal("over_budget")
+    assert isinstance(ask(folder, first, EnrolRequest(first.digest, "run-1"))[0], Enrolment)  # its own plan still fits
+    (line,) = open_ledger(folder).lines()
+    assert (line.run, line.round, line.study_name, line.folder) == (
+        "run-1",
+        1,
+        "study",
+        str(Policy.load(folder).data[0].folder),
+    )
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -168,6 +254,9 @@ ERRORS = [
     (SiteError(TEXT, TEXT), "site"),
     (PrivacyError(TEXT), "privacy"),
     (BudgetExhausted(TEXT), "budget_exhausted"),
+    (OverBudget(TEXT), "over_budget"),
+    (PolicyError(TEXT), "policy"),
+    (LedgerError(TEXT), "ledger"),
     (ConfigError(TEXT), "config"),
     (BadPeer(TEXT), "bad_peer"),
     (TooFewSurvivors(TEXT), "too_few_survivors"),
@@ -192,7 +281,7 @@ def test_every_error_leaves_as_a_bare_code(
     error: BaseException, code: str, handler: str, tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, site = study_of(), tmp_path / "site"
-    SiteSettings(name="north", data=tmp_path / MARKER, folder=site, device="cpu", allow_plain=True).save()
+    site_with(site, tmp_path / MARKER)
     monkeypatch.setattr(enrolment, "enrol", raising(error))
     monkeypatch.setattr(enrolment, "open_study", raising(error))
     request = EnrolRequest(study.digest) if handler == "enrol" else request_of(study)
@@ -216,29 +305,28 @@ def test_an_error_within_training_leaves_as_a_bare_code(
 
 @pytest.mark.parametrize("message", ["enrol", "train"])
 def test_a_message_of_another_study_is_refused(message: str, tmp_path: Path) -> None:
-    study, site = study_of(), tmp_path / "site"
-    SiteSettings(name="north", data=tmp_path, folder=site, device="cpu").save()
+    study, site = study_of(), site_with(tmp_path / "site", tmp_path)
     other = study.with_changes("privacy", epsilon=6.0)
     reply, _ = ask(site, study, EnrolRequest(other.digest) if message == "enrol" else request_of(other))
     assert reply == Refusal("bad_peer")
 
 
 def test_a_message_for_the_other_handler_or_malformed_is_refused(tmp_path: Path) -> None:
-    study, site = study_of(), tmp_path / "site"
-    SiteSettings(name="north", data=tmp_path, folder=site, device="cpu").save()
+    study, site = study_of(), site_with(tmp_path / "site", tmp_path)
     for content in (wire.pack(EnrolRequest(study.digest)), wire.pack(Refusal("site")), RecordDict()):
         assert ask(site, study, content)[0] == Refusal("bad_peer")
 
 
 def test_a_study_without_a_contract_for_the_site_is_refused(tmp_path: Path) -> None:
     study, site = study_of(), tmp_path / "site"
-    SiteSettings(name="elsewhere", data=tmp_path, folder=site, device="cpu").save()
+    site_with(site, tmp_path, "elsewhere")
     assert ask(site, study, EnrolRequest(study.digest))[0] == Refusal("config")
 
 
 def test_too_few_patients_refuse_without_their_number(tmp_path: Path, phantoms: Path) -> None:
     study = study_of(minimum_patients=13)
     site = site_at(tmp_path, phantoms)
+    allow_too(site, study)
     assert ask(site, study, EnrolRequest(study.digest))[0] == Refusal("site")
     assert "found 12" in log_of(site)
 

@@ -1,24 +1,30 @@
 """A site checks, splits and prepares its data: once, the same way for every study, and never with another key."""
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client import enrolment
-from client.accountant import SiteAccountant
 from client.data import cohort, slices
-from client.enrolment import CHECK_FILE, PREPARED, TRAINING, enrol, open_study, prepare_data
-from client.identity import load_member, make_identity, pin_roster, read_public, simulated_roster
+from client.enrolment import CHECK_FILE, PREPARED, TRAINING, enrol, open_accountant, open_study, prepare_data
+from client.identity import load_member, make_identity, pin_roster, read_public
+from client.ledger import Ledger, Release, data_set_of
+from client.policy import Policy, set_roster_digest
 from client.secure_round import SecureSite, advertise_keys
 from client.settings import SiteSettings
+from client.simulated import allow, simulated_roster
 from common.config import StudyConfig
-from common.errors import ConfigError, OutOfOrder, PrivacyError, SiteError
-from common.messages import AdvertiseKeysRequest
-from common.privacy.accounting import Mechanism
+from common.errors import ConfigError, OutOfOrder, OverBudget, PolicyError, PrivacyError, SiteError
+from common.messages import AdvertiseKeysRequest, Enrolment, EnrolRequest
+from common.privacy.accounting import Budget, Mechanism
 from common.secagg.roster import load_roster, make_roster
 from deploy.phantoms import write_bids
+from tests.client.secure_sites import allow_too
+from tests.client.sites import ledger_key_of
 
 PATIENTS = 24
 
@@ -32,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def site(data: Path, tmp_path: Path) -> SiteSettings:
     settings = SiteSettings(name="north", data=data, folder=tmp_path / "north")
-    settings.save()
+    allow(settings, study_of(), make_roster({"north": bytes(32)}))
     return settings
 
 
@@ -51,7 +57,14 @@ def study_of(contract: int | None = PATIENTS, **privacy: float) -> StudyConfig:
 
 
 def secure_study() -> StudyConfig:
-    return study_of().with_changes("federation", aggregation="secure", minimum_sites=2)
+    contract = {"north": PATIENTS, "south": PATIENTS}
+    return study_of().with_changes("federation", aggregation="secure", minimum_sites=2, contracted_patients=contract)
+
+
+def joined(site: SiteSettings, study: StudyConfig) -> Enrolment:
+    """Enrol, after the site's policy was made to allow the study, whatever it allowed before."""
+    allow_too(site.folder, study)
+    return enrol(site, study, EnrolRequest(study.digest, "run"))
 
 
 def trained_on(site: SiteSettings, study: StudyConfig) -> set[str]:
@@ -60,7 +73,7 @@ def trained_on(site: SiteSettings, study: StudyConfig) -> set[str]:
 
 def test_enrolment_answers_with_public_facts_and_leaves_images_for_the_rounds(site: SiteSettings) -> None:
     study = study_of()
-    answer = enrol(site, study)
+    answer = joined(site, study)
     assert answer.site == "north"
     assert answer.holdout_commitment == cohort.commitment(cohort.holdout_key(site.folder))
     at = open_study(site, study)
@@ -73,42 +86,42 @@ def test_data_that_stay_the_same_are_checked_once(site: SiteSettings, monkeypatc
     # A simulation prepares without a contract and enrols with one: still the same data.
     assert prepare_data(site, study_of(None)) == PATIENTS
     monkeypatch.setattr(enrolment, "take_inventory", None)  # checking again would fail
-    enrol(site, study_of())
-    enrol(site.model_copy(update={"device": "cpu"}), study_of())
+    joined(site, study_of())
+    joined(site.model_copy(update={"device": "cpu"}), study_of())
 
 
 def test_no_study_trains_on_patients_that_another_held_out(site: SiteSettings) -> None:
     # A contract of 150 would hold out 0.2 instead of 0.3 with the same key, and so train on more patients.
     first, second = study_of(PATIENTS), study_of(150)
-    enrol(site, first)
+    joined(site, first)
     before = trained_on(site, first)
-    enrol(site, second)
+    joined(site, second)
     assert trained_on(site, first) == before == trained_on(site, second)
 
 
 def test_each_study_keeps_the_images_it_enrolled_with(site: SiteSettings) -> None:
     small = study_of()
     large = small.with_changes("image", size=32)
-    enrol(site, small)
-    enrol(site, large)
+    joined(site, small)
+    joined(site, large)
     assert open_study(site, small).cohort.images.shape[2:] == (28, 28)
     assert open_study(site, large).cohort.images.shape[2:] == (32, 32)
 
 
 def test_a_lost_key_stops_the_site(site: SiteSettings) -> None:
-    enrol(site, study_of())
+    joined(site, study_of())
     (site.folder / cohort.KEY_NAME).unlink()
     with pytest.raises(SiteError, match="key"):
-        enrol(site, study_of())
+        joined(site, study_of())
     assert not (site.folder / cohort.KEY_NAME).exists()
 
 
 def test_a_site_that_never_enrolled_does_not_train(site: SiteSettings) -> None:
-    enrol(site, study_of())
+    joined(site, study_of())
     with pytest.raises(SiteError, match="not enrolled"):
         open_study(site, study_of(epsilon=1.0))
     with pytest.raises(ConfigError, match="contract"):
-        enrol(site, study_of(None))
+        joined(site, study_of(None))
 
 
 def test_too_few_patients_or_too_large_a_delta_are_refused(site: SiteSettings) -> None:
@@ -139,9 +152,10 @@ def test_what_fails_only_in_preparation_is_counted_as_refused(
 
 
 def test_what_a_site_writes_is_for_its_owner_only(site: SiteSettings) -> None:
-    enrol(site, study_of())
-    files = [path for path in site.folder.rglob("*") if path.is_file()]
-    assert len(files) >= 8
+    joined(site, study_of())
+    public = {"roster.json"}
+    files = [path for path in site.folder.rglob("*") if path.is_file() and path.name not in public]
+    assert len(files) >= 10
     assert all(path.stat().st_mode & 0o077 == 0 for path in files)
     assert site.folder.stat().st_mode & 0o077 == 0
     assert (site.folder / PREPARED).is_dir() and TRAINING == "training"
@@ -152,43 +166,100 @@ def test_what_a_site_writes_is_for_its_owner_only(site: SiteSettings) -> None:
 
 def member(site: SiteSettings) -> SiteSettings:
     """The site as a member of a consortium of two: with a key, and the roster pinned."""
-    return pin_roster(site, simulated_roster({"north": site.folder, "south": site.folder.parent / "south"}))
+    pin_roster(site, simulated_roster({"north": site.folder, "south": site.folder.parent / "south"}))
+    return site
 
 
 def test_in_a_plain_study_a_site_needs_no_key(site: SiteSettings) -> None:
-    answer = enrol(site, study_of())
+    answer = joined(site, study_of())
     assert (answer.history, answer.last_attempt, answer.identity, answer.roster_digest) == ((), 0, "", "")
 
 
 def test_in_a_secure_study_a_site_shows_its_public_key_and_the_roster_it_pinned(site: SiteSettings) -> None:
     settings = member(site)
-    answer = enrol(settings, secure_study())
+    answer = joined(settings, secure_study())
     assert bytes.fromhex(answer.identity) == read_public(site.folder / "identity.pub")
-    assert answer.roster_digest == load_roster(site.folder / "roster.json").digest == settings.roster_digest
+    assert (
+        answer.roster_digest
+        == load_roster(site.folder / "roster.json").digest
+        == Policy.load(site.folder).roster_digest
+    )
     assert (answer.history, answer.last_attempt) == ((), 0)
 
 
-def test_an_enrolment_tells_what_the_site_has_charged_for_this_study(site: SiteSettings) -> None:
+def charge(site: SiteSettings, study: StudyConfig, mechanism: Mechanism, patients: Iterable[str]) -> None:
+    key = ledger_key_of(site.folder)
+    data_set = data_set_of(key, site.data, patients)
+    release = Release(study.digest, study.name, "run", 1, mechanism, 1.0)
+    Ledger(site.folder, key).charge(data_set, release, Budget(100.0, 1e-5))
+
+
+def test_an_enrolment_tells_what_this_study_and_what_others_have_charged(site: SiteSettings) -> None:
     study, other = study_of(), study_of(epsilon=4.0)
-    SiteAccountant(site.study_folder(other.digest), other.digest).charge(Mechanism(0.25, 9.0, 7))
-    assert enrol(site, study).history == ()
+    charge(site, other, Mechanism(0.25, 9.0, 7), ["nobody of this data set"])
+    first = joined(site, study)
+    # Other studies count in full, so that what leaves does not depend on which patients they shared with this one.
+    assert (first.history, first.earlier) == ((), (Mechanism(0.25, 9.0, 7),))
     spent = (Mechanism(0.25, 3.0, 10), Mechanism(0.25, 4.0, 5))
     for mechanism in spent:
-        SiteAccountant(site.study_folder(study.digest), study.digest).charge(mechanism)
-    assert enrol(site, study).history == spent
+        charge(site, study, mechanism, ["a"])
+    again = joined(site, study)
+    assert (again.history, again.earlier) == (spent, (Mechanism(0.25, 9.0, 7),))
+    assert again.budget == Budget(100.0, 1e-5)
+
+
+def test_patients_who_were_in_another_study_bring_their_lines_along(site: SiteSettings) -> None:
+    """The budget is the patient's: a study of the same patients is refused where one of others is not."""
+    study = study_of(epsilon=4.0)
+    joined(site, study)
+    key, patients = ledger_key_of(site.folder), open_study(site, study).accountant
+    assert patients is not None
+    strangers = data_set_of(key, site.data, ["stranger"])
+    release = Release("other", "other", "run", 1, Mechanism(0.25, 1.0, 10), 1.0)
+    for data_set, fits in ((strangers, True), (patients.data_set, False)):
+        Ledger(site.folder, key).charge(data_set, release, Budget(100.0, 1e-5))
+        policy = Policy.load(site.folder)
+        policy.model_copy(update={"data": (policy.data[0].model_copy(update={"epsilon": 4.1}),)}).save(site.folder)
+        if fits:
+            enrol(site, study, EnrolRequest(study.digest))
+        else:
+            with pytest.raises(OverBudget, match="budget"):
+                enrol(site, study, EnrolRequest(study.digest))
+
+
+def test_the_same_patients_in_a_copied_folder_share_their_budget(site: SiteSettings, tmp_path: Path) -> None:
+    study = study_of(epsilon=4.0)
+    joined(site, study)
+    first = open_study(site, study).accountant
+    copy = tmp_path / "copied scans"
+    shutil.copytree(site.data, copy)
+    moved = site.model_copy(update={"data": copy})
+    with pytest.raises(PolicyError, match="nowhere"):
+        enrol(moved, study, EnrolRequest(study.digest))
+    policy = Policy.load(site.folder)
+    policy.model_copy(update={"data": (policy.data[0].model_copy(update={"folder": copy}),)}).save(site.folder)
+    enrol(moved, study, EnrolRequest(study.digest))
+    second = open_study(moved, study).accountant
+    assert first is not None and second is not None
+    assert first.data_set.digest == second.data_set.digest and first.data_set.folder != second.data_set.folder
 
 
 def test_an_enrolment_tells_the_newest_attempt_that_the_site_served(site: SiteSettings) -> None:
     """The server begins after it: an attempt is never served twice, also when the server forgets."""
     study, settings = secure_study(), member(site)
-    enrol(settings, study)
-    at = SecureSite(study, load_member(settings), settings.study_folder(study.digest))
+    joined(settings, study)
+    at = SecureSite(
+        study,
+        load_member(settings, Policy.load(settings.folder)),
+        settings.study_folder(study.digest),
+        lambda: open_accountant(settings, study),
+    )
     for number in (3, 8):
         advertise_keys(at, AdvertiseKeysRequest(study.digest, number))
-        assert enrol(settings, study).last_attempt == number
+        assert joined(settings, study).last_attempt == number
     with pytest.raises(OutOfOrder):
         advertise_keys(at, AdvertiseKeysRequest(study.digest, 8))
-    assert enrol(settings, study.with_changes("", seed=1)).last_attempt == 0  # of this study
+    assert joined(settings, study.with_changes("", seed=1)).last_attempt == 0  # of this study
 
 
 def spoil(settings: SiteSettings, how: str) -> SiteSettings:
@@ -204,13 +275,13 @@ def spoil(settings: SiteSettings, how: str) -> SiteSettings:
         case "no roster":
             roster.unlink()
         case "no roster pinned":
-            return settings.model_copy(update={"roster_digest": ""})
+            set_roster_digest(settings.folder, "")
         case "another roster than the pinned one":
             sites = dict(load_roster(roster).sites)
             make_roster({**sites, "west": bytes(32)}).save(roster)
         case "a roster without this site":
             sites = dict(load_roster(roster).sites)
-            return pin_roster(settings, make_roster({"south": sites["south"]}))
+            pin_roster(settings, make_roster({"south": sites["south"]}))
     return settings
 
 
@@ -229,10 +300,11 @@ def spoil(settings: SiteSettings, how: str) -> SiteSettings:
 def test_without_its_key_and_the_pinned_roster_a_site_refuses_before_it_reads_data(
     how: str, site: SiteSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    allow_too(site.folder, secure_study())
     settings = spoil(member(site), how)
     monkeypatch.setattr(enrolment, "take_inventory", None)  # reading the data would fail in another way
-    with pytest.raises(SiteError):
-        enrol(settings, secure_study())
+    with pytest.raises(PolicyError if how == "no roster pinned" else SiteError):
+        enrol(settings, secure_study(), EnrolRequest(secure_study().digest))
     assert not (site.folder / CHECK_FILE).exists() and not (site.folder / PREPARED).exists()
 
 

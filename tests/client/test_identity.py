@@ -21,25 +21,34 @@ from client.identity import (
     KEY_FILE,
     PUBLIC_FILE,
     ROSTER_FILE,
+    Member,
     load_member,
     make_identity,
     pin_roster,
     read_public,
-    simulated_roster,
 )
+from client.policy import Policy, set_roster_digest
 from client.settings import SiteSettings
-from common.errors import ConfigError, SiteError
+from client.simulated import simulated_roster
+from common.errors import ConfigError, PolicyError, SiteError
 from common.secagg.roster import Roster, make_roster
 
 
 def settings_of(folder: Path, name: str = "north") -> SiteSettings:
-    return SiteSettings(name=name, data=folder / "data", folder=folder, minimum_cohort=3)
+    return SiteSettings(name=name, data=folder / "data", folder=folder)
 
 
 def pinned(folder: Path) -> SiteSettings:
     """Two sites; the settings of north, which has pinned their roster."""
     roster = simulated_roster({name: folder / name for name in ("north", "south")})
-    return pin_roster(settings_of(folder / "north"), roster)
+    settings = settings_of(folder / "north")
+    Policy(minimum_cohort=3, largest_sampling_probability=0.5, minimum_patients=1).save(settings.folder)
+    pin_roster(settings, roster)
+    return settings
+
+
+def member_of(settings: SiteSettings) -> Member:
+    return load_member(settings, Policy.load(settings.folder))
 
 
 # ---------------------------------------------------------------- the key
@@ -76,9 +85,9 @@ def test_a_key_that_others_can_touch_is_refused(mode: int, tmp_path: Path) -> No
     settings = pinned(tmp_path)
     (settings.folder / KEY_FILE).chmod(mode)
     with pytest.raises(SiteError, match="chmod 600"):
-        load_member(settings)
+        member_of(settings)
     (settings.folder / KEY_FILE).chmod(0o400)  # stricter is fine
-    assert load_member(settings).site == "north"
+    assert member_of(settings).site == "north"
 
 
 def other_kind() -> bytes:
@@ -99,7 +108,7 @@ def test_a_garbled_key_or_one_of_another_kind_is_refused(content: bytes, tmp_pat
     settings = pinned(tmp_path)
     (settings.folder / KEY_FILE).write_bytes(content)
     with pytest.raises(SiteError, match="no Ed25519 private key") as caught:
-        load_member(settings)
+        member_of(settings)
     assert not content or content.decode("latin-1") not in str(caught.value)
 
 
@@ -108,7 +117,7 @@ def test_a_key_cut_in_the_middle_is_refused(tmp_path: Path) -> None:
     whole = (settings.folder / KEY_FILE).read_bytes()
     (settings.folder / KEY_FILE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SiteError) as caught:
-        load_member(settings)
+        member_of(settings)
     assert whole.split(b"\n")[1].decode() not in str(caught.value)
 
 
@@ -116,7 +125,7 @@ def test_a_missing_key_says_how_to_make_one(tmp_path: Path) -> None:
     settings = pinned(tmp_path)
     (settings.folder / KEY_FILE).unlink()
     with pytest.raises(SiteError, match="synthward site keygen"):
-        load_member(settings)
+        member_of(settings)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage", other_kind(), with_password()])
@@ -133,7 +142,7 @@ def test_a_public_file_that_holds_no_public_key_is_refused(content: bytes | None
 
 def test_a_member_knows_its_roster_and_never_shows_its_key(tmp_path: Path) -> None:
     settings = pinned(tmp_path)
-    member = load_member(SiteSettings.load(settings.folder))  # the pin is in site.toml
+    member = member_of(settings)  # the pin is in the policy
     assert (member.site, member.minimum_cohort, set(member.roster.sites)) == ("north", 3, {"north", "south"})
     assert member.roster.sites["north"] == member.identity.public_key().public_bytes_raw()
     private = member.identity.private_bytes_raw()
@@ -142,9 +151,17 @@ def test_a_member_knows_its_roster_and_never_shows_its_key(tmp_path: Path) -> No
 
 
 def test_a_site_without_a_pinned_roster_is_refused(tmp_path: Path) -> None:
-    settings = pinned(tmp_path).model_copy(update={"roster_digest": ""})
+    settings = pinned(tmp_path)
+    set_roster_digest(settings.folder, "")
     with pytest.raises(SiteError, match="pinned no roster"):
-        load_member(settings)
+        member_of(settings)
+
+
+def test_a_site_without_a_policy_pins_nothing(tmp_path: Path) -> None:
+    settings = pinned(tmp_path)
+    (settings.folder / "policy.toml").unlink()
+    with pytest.raises(PolicyError, match="Without a policy"):
+        pin_roster(settings, make_roster({"north": bytes(32)}))
 
 
 def test_another_roster_than_the_pinned_one_is_refused_even_with_the_same_key_for_this_site(tmp_path: Path) -> None:
@@ -157,7 +174,7 @@ def test_another_roster_than_the_pinned_one_is_refused_even_with_the_same_key_fo
     ):
         other.save(settings.folder / ROSTER_FILE)
         with pytest.raises(SiteError, match="not the roster that this site has pinned"):
-            load_member(settings)
+            member_of(settings)
 
 
 def test_a_pinned_roster_with_another_key_for_this_site_or_none_is_refused(tmp_path: Path) -> None:
@@ -166,10 +183,11 @@ def test_a_pinned_roster_with_another_key_for_this_site_or_none_is_refused(tmp_p
     stranger = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
     for other in (make_roster({"south": south}), make_roster({"north": stranger, "south": south})):
         with pytest.raises(SiteError, match="another key, or none, for north"):
-            load_member(pin_roster(settings, other))
+            pin_roster(settings, other)
+            member_of(settings)
     # Nor does another site's name help this key.
     with pytest.raises(SiteError, match="another key, or none, for south"):
-        load_member(pinned(tmp_path).model_copy(update={"name": "south"}))
+        member_of(pinned(tmp_path).model_copy(update={"name": "south"}))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"version": 2, "sites": {}}'])
@@ -180,7 +198,7 @@ def test_a_missing_or_damaged_roster_is_the_sites_own_error(content: bytes | Non
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SiteError, match=ROSTER_FILE):
-        load_member(settings)
+        member_of(settings)
 
 
 # ---------------------------------------------------------------- simulations
@@ -205,7 +223,7 @@ def test_threads_that_start_side_by_side_make_one_roster(tmp_path: Path) -> None
 
 def test_processes_that_start_side_by_side_make_one_roster(tmp_path: Path) -> None:
     folders = {f"site-{number}": tmp_path / f"site-{number}" for number in range(6)}
-    code = "import sys; from pathlib import Path; from client.identity import simulated_roster; "
+    code = "import sys; from pathlib import Path; from client.simulated import simulated_roster; "
     code += "print(simulated_roster({Path(name).name: Path(name) for name in sys.argv[1:]}).digest)"
     command = [sys.executable, "-c", code, *map(str, folders.values())]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]

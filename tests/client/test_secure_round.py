@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from client import secure_round, training, updates
-from client.accountant import SiteAccountant
 from client.log import site_log
 from client.round_file import ROUND_FILE, SERVED_FILE, last_attempt
 from client.secure_round import SecureSite
@@ -37,7 +36,7 @@ from common.privacy.accounting import num_steps
 from common.secagg.keys import AdvertisedKeys, Attempt
 from server.secagg import SecureSum, SumPlan
 from tests.client.secure_sites import make_sites, secure_site, secure_study
-from tests.client.sites import cohort_of, request_of
+from tests.client.sites import account_in, charged_in, cohort_of, request_of
 
 SITES = ("north", "south")
 Train = Callable[[TrainRequest], MadeUpdate]
@@ -48,7 +47,7 @@ class Pair:
 
     def __init__(self, folder: Path, study: StudyConfig | None = None) -> None:
         self.study = study or secure_study(SITES)
-        self.folders = make_sites(folder, SITES)
+        self.folders = make_sites(folder, SITES, study=self.study)
         self.train = request_of(self.study)
         self.length = len(self.train.generator) + len(self.train.discriminator)
         self.keys: dict[str, AdvertisedKeys] = {}
@@ -59,11 +58,13 @@ class Pair:
         return secure_site(self.folders[name], self.study)
 
     def trainer(self, name: str) -> Train:
-        at = SiteStudy(self.study, name, self.at(name).folder, cohort_of(), 8, "cpu")
+        at = SiteStudy(
+            self.study, name, self.at(name).folder, cohort_of(), 8, "cpu", account_in(self.folders[name], self.study)
+        )
         return lambda request: train_round(at, request)
 
     def steps(self, name: str) -> int:
-        return num_steps(SiteAccountant(self.at(name).folder, self.study.digest).history)
+        return num_steps(charged_in(self.folders[name], self.study))
 
     def saved(self, name: str) -> np.ndarray:
         state = training._load_state(self.at(name).folder)

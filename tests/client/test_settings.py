@@ -59,41 +59,10 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
         settings_of(tmp_path).name = "south"  # type: ignore[misc]
 
 
-def test_a_new_site_has_pinned_no_roster_and_sends_nothing_without_masks(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path)
-    assert (settings.roster_digest, settings.minimum_cohort, settings.allow_plain) == ("", 2, False)
-
-
-def test_what_a_site_allows_is_read_back(tmp_path: Path) -> None:
-    own = {"roster_digest": "0a" * 32, "minimum_cohort": 5, "allow_plain": True}
-    settings = SiteSettings.checked(**settings_of(tmp_path).model_dump() | own)
-    settings.save()
-    assert SiteSettings.load(tmp_path) == settings
-    text = (tmp_path / FILE_NAME).read_text()
-    assert (
-        'roster_digest = "' + "0a" * 32 + '"' in text and "minimum_cohort = 5" in text and "allow_plain = true" in text
-    )
-
-
-@pytest.mark.parametrize(
-    ("line", "key"),
-    [
-        (f'roster_digest = "{"0a" * 31}"', "roster_digest"),
-        (f'roster_digest = "{"0A" * 32}"', "roster_digest"),
-        (f'roster_digest = "{"0a" * 32}\\n"', "roster_digest"),
-        (f'roster_digest = "{"0a" * 33}"', "roster_digest"),
-        (f'roster_digest = "{MARKER}"', "roster_digest"),
-        ("minimum_cohort = 1", "minimum_cohort"),  # the sum over one site is its update
-        ("minimum_cohort = 0", "minimum_cohort"),
-        ("minimum_cohort = -3", "minimum_cohort"),
-        (f'minimum_cohort = "{MARKER}"', "minimum_cohort"),
-        (f'allow_plain = "{MARKER}"', "allow_plain"),
-        ("allow_plain = 2", "allow_plain"),
-        ("allow_Plain = true", "allow_Plain"),
-    ],
-)
-def test_wrong_rules_of_a_site_are_refused_by_key_without_values(line: str, key: str, tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text(f'name = "north"\ndata = "d"\n{line}\n')
+@pytest.mark.parametrize("key", ["roster_digest", "minimum_cohort", "allow_plain", "epsilon"])
+def test_what_a_site_allows_stands_elsewhere(key: str, tmp_path: Path) -> None:
+    """In ``policy.toml``: a rule that would be read past here must not look as if it held."""
+    (tmp_path / FILE_NAME).write_text(f'name = "north"\ndata = "d"\n{key} = "{MARKER}"\n')
     with pytest.raises(SiteError, match=key) as caught:
         SiteSettings.load(tmp_path)
-    assert MARKER not in str(caught.value) and "0a0a" not in str(caught.value)
+    assert MARKER not in str(caught.value)

@@ -1,5 +1,6 @@
 """One round at a site: charged first, trained from the shared state, answered again for nothing."""
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +11,20 @@ import pytest
 import torch
 
 from client import training, updates
-from client.accountant import FILE_NAME, SiteAccountant
+from client.ledger import FILE_NAME, Ledger, Release
 from client.training import STATE_FILE, train_round
 from client.updates import MadeUpdate
 from common import progress
-from common.errors import BadPeer, BudgetExhausted, PrivacyError, SiteError
+from common.errors import BadPeer, BudgetExhausted, LedgerError, OverBudget, PrivacyError, SiteError
 from common.gan.training import GanTrainer, RealBatch
 from common.messages import TrainRequest
-from common.privacy.accounting import epsilon, num_steps
+from common.privacy.accounting import Budget, epsilon, num_steps
 from common.privacy.plan import make_plan
-from tests.client.sites import IMAGES, cohort_of, request_of, site_of, study_of
+from tests.client.sites import IMAGES, KEY, account_in, charged_in, cohort_of, request_of, site_of, study_of
 
 
 def spent(folder: Path) -> int:
-    return num_steps(SiteAccountant(folder, study_of().digest).history)
+    return num_steps(charged_in(folder, study_of()))
 
 
 def assert_same(one: MadeUpdate, other: MadeUpdate) -> None:
@@ -44,7 +45,7 @@ def test_a_round_returns_both_differences_and_charges_what_was_planned(tmp_path:
     plan = make_plan(at.study)
     assert plan is not None
     assert update.round == 1
-    assert SiteAccountant(tmp_path, at.study.digest).history == (replace(plan.mechanism, steps=2),)
+    assert charged_in(tmp_path, at.study) == (replace(plan.mechanism, steps=2),)
     assert update.vector.dtype == np.float32
     for difference, shared in zip(parts(update, request), (request.generator, request.discriminator), strict=True):
         assert difference.shape == shared.shape
@@ -95,13 +96,14 @@ def test_a_charge_that_cannot_be_written_means_no_training(
     fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
+    at = site_of(tmp_path)
     steps: list[int] = []
     monkeypatch.setattr(GanTrainer, "discriminator_step", lambda self, real: steps.append(1))
     monkeypatch.setattr(fails, fail)
-    with pytest.raises(OSError, match="disk full"):
-        train_round(site_of(tmp_path), request_of(study_of()))
+    with pytest.raises(LedgerError, match="disk is full"):
+        train_round(at, request_of(study_of()))
     assert steps == []
 
 
@@ -128,7 +130,7 @@ def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BudgetExhausted, match="6 steps"):
         train_round(at, request_of(at.study, 4))
     assert spent(tmp_path) == 6
-    history = SiteAccountant(tmp_path, at.study.digest).history
+    history = charged_in(tmp_path, at.study)
     assert epsilon(history, at.study.privacy.delta) <= at.study.privacy.epsilon
 
 
@@ -138,10 +140,10 @@ def test_a_repeated_request_is_answered_again_and_costs_nothing(
     at = site_of(tmp_path)
     request = request_of(at.study)
     first = train_round(at, request)
-    before = (tmp_path / FILE_NAME).read_bytes()
+    before = Ledger(tmp_path, KEY).lines()
     monkeypatch.setattr(GanTrainer, "discriminator_step", None)
     assert_same(train_round(at, request), first)
-    assert (tmp_path / FILE_NAME).read_bytes() == before
+    assert Ledger(tmp_path, KEY).lines() == before
 
 
 def test_a_repeated_request_is_answered_even_when_all_is_spent(tmp_path: Path) -> None:
@@ -238,9 +240,9 @@ def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     # 5 of 6 steps are spent: a round of two becomes a round of one.
     at = site_of(tmp_path)
     plan = make_plan(at.study)
-    assert plan is not None
-    accountant = SiteAccountant(tmp_path, at.study.digest)
-    accountant.charge(type(plan.mechanism)(1.0, plan.mechanism.noise_multiplier, 5))
+    assert plan is not None and at.accountant is not None
+    release = Release(at.study.digest, "", "run", 1, replace(plan.mechanism, steps=5), 1.0)
+    at.accountant.ledger.charge(at.accountant.data_set, release, at.accountant.budget)
     reports: list[tuple[int, int]] = []
     with progress.listening(lambda done, total: reports.append((done, total))):
         train_round(at, request_of(at.study))
@@ -248,29 +250,68 @@ def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     assert spent(tmp_path) == 6
 
 
-def test_a_lost_accountant_stops_the_site(tmp_path: Path) -> None:
+def test_a_lost_ledger_stops_the_site(tmp_path: Path) -> None:
     at = site_of(tmp_path)
     train_round(at, request_of(at.study, 1))
     (tmp_path / FILE_NAME).unlink()
     for request in (request_of(at.study, 1), request_of(at.study, 2)):
-        with pytest.raises(PrivacyError, match="no accountant"):
+        with pytest.raises(LedgerError, match="is missing"):
             train_round(at, request)
     assert not (tmp_path / FILE_NAME).exists()
 
 
-def test_a_damaged_accountant_stops_the_site(tmp_path: Path) -> None:
+def test_a_new_ledger_beside_a_trained_state_stops_the_site(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    train_round(at, request_of(at.study, 1))
+    for path in tmp_path.glob("ledger*"):
+        path.unlink()
+    with pytest.raises(LedgerError, match="does not know"):
+        train_round(site_of(tmp_path), request_of(at.study, 2))
+
+
+def test_a_damaged_ledger_stops_the_site(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
     (tmp_path / FILE_NAME).write_text("{")
-    with pytest.raises(PrivacyError):
-        train_round(site_of(tmp_path), request_of(study_of()))
+    with pytest.raises(LedgerError):
+        train_round(at, request_of(study_of()))
+
+
+def test_a_private_study_never_trains_without_a_ledger(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="no ledger"):
+        train_round(replace(site_of(tmp_path), accountant=None), request_of(study_of()))
+
+
+def test_a_budget_that_ends_in_the_middle_of_a_study_stops_the_site_before_it_draws_anyone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another study of the same patients has spent meanwhile: what the second would still add is refused, uncharged."""
+    at = site_of(tmp_path)
+    train_round(at, request_of(at.study, 1))
+    other = study_of(privacy={"epsilon": 4.6, "sampling_probability": 1.0})
+    account = account_in(tmp_path, other, cohort_of().patient_ids, Budget(5.0, 1e-5))
+    plan = make_plan(other)
+    assert account is not None and plan is not None
+    account.charge_round(1, plan)
+    account.charge_round(2, plan)
+    with pytest.raises(OverBudget):
+        account.charge_round(3, plan)
+    before = Ledger(tmp_path, KEY).lines()
+    monkeypatch.setattr(training, "_draw", None)
+    with pytest.raises(OverBudget, match="epsilon"):
+        train_round(at, request_of(at.study, 2))
+    assert Ledger(tmp_path, KEY).lines() == before
+    assert at.accountant is not None
+    with pytest.raises(OverBudget):
+        at.accountant.check_next_round()
 
 
 def test_a_delta_too_large_for_the_site_stops_it_before_it_spends(tmp_path: Path) -> None:
     study = study_of(privacy={"delta": 0.009, "epsilon": 5.0, "sampling_probability": 1.0})
     study = study.with_changes("federation", contracted_patients={"north": 12})  # 1 / (10 x 12) is 0.0083
-    at = training.SiteStudy(study, "north", tmp_path, cohort_of(), 8, "cpu")
+    at = site_of(tmp_path, study)
     with pytest.raises(PrivacyError, match="delta"):
         train_round(at, request_of(study))
-    assert not (tmp_path / FILE_NAME).exists()
+    assert charged_in(tmp_path, study) == ()
 
 
 def test_a_shared_state_of_another_shape_is_refused_before_anything_is_charged(tmp_path: Path) -> None:
@@ -279,7 +320,7 @@ def test_a_shared_state_of_another_shape_is_refused_before_anything_is_charged(t
     with pytest.raises(BadPeer, match="parameters"):
         train_round(at, request)
     assert not (tmp_path / STATE_FILE).exists()
-    assert SiteAccountant(at.folder, at.study.digest).history == ()
+    assert charged_in(at.folder, at.study) == ()
 
 
 def test_a_damaged_state_file_is_refused_with_a_remedy(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from common.messages import (
     UnmaskRequest,
     UnmaskShares,
 )
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import Budget, Mechanism
 from common.secagg.keys import AdvertisedKeys
 from tests.strategies import replies, requests
 
@@ -66,8 +66,8 @@ OTHER_KEYS = AdvertisedKeys("south", b"share 2", b"mask 2", b"signature 2")
 NAMED = {"north": b"1", "south": b"2"}
 HISTORY = (Mechanism(0.5, 2.0, 4), Mechanism(1.0, 3.0, 1))
 EACH: dict[str, Request | Reply] = {
-    "enrol_request": EnrolRequest("d"),
-    "enrolment": Enrolment("north", "c", True, HISTORY, 3, "1d", "aa"),
+    "enrol_request": EnrolRequest("d", "run", b"signature"),
+    "enrolment": Enrolment("north", "c", True, HISTORY, HISTORY[:1], Budget(8.0, 1e-5), 3, "1d", "aa"),
     "train_request": TRAIN,
     "local_update": LocalUpdate(1, VECTOR),
     "advertise_keys_request": AdvertiseKeysRequest("d", 1),
@@ -105,13 +105,13 @@ def test_actions_name_the_handlers() -> None:
 
 def test_a_refusal_carries_its_code_and_nothing_else() -> None:
     record = wire.pack(Refusal("site"))
-    assert dict(record.config_records["facts"]) == {"version": 2, "kind": "refusal", "code": "site"}
+    assert dict(record.config_records["facts"]) == {"version": 3, "kind": "refusal", "code": "site"}
     assert list(record.keys()) == ["facts"]
 
 
 def test_an_update_carries_exactly_its_fields() -> None:
     record = wire.pack(LocalUpdate(3, np.zeros(2, np.float32)))
-    assert dict(record.config_records["facts"]) == {"version": 2, "kind": "local_update", "round": 3}
+    assert dict(record.config_records["facts"]) == {"version": 3, "kind": "local_update", "round": 3}
     assert list(record.array_records["vectors"]) == ["update"]
 
 
@@ -119,7 +119,7 @@ def test_a_masked_update_carries_nothing_that_is_not_masked() -> None:
     """No history, no counts, no losses: the vector, and what the server asked for."""
     record = wire.pack(EACH["masked_input"])
     assert dict(record.config_records["facts"]) == {
-        "version": 2,
+        "version": 3,
         "kind": "masked_input",
         "study_digest": "d",
         "attempt": 1,
@@ -174,10 +174,10 @@ def huge() -> bytes:
 
 MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "no version": without("version"),
-    "the version before": facts(version=1),
-    "the version after": facts(version=3),
-    "a version of text": facts(version="2"),
-    "a fractional version": facts(version=2.0),
+    "the version before": facts(version=2),
+    "the version after": facts(version=4),
+    "a version of text": facts(version="3"),
+    "a fractional version": facts(version=3.0),
     "no kind": without("kind"),
     "an unknown kind": facts(kind="gradients"),
     "a kind that is no text": facts(kind=[1, 2]),
@@ -346,8 +346,8 @@ def test_as_many_bytes_as_a_key_may_have_pass() -> None:
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        (EnrolRequest("d"), {"study_digest": 5}),
-        (EnrolRequest("d"), {"study_digest": "x" * 257}),
+        (EnrolRequest("d", "run", b"signature"), {"study_digest": 5}),
+        (EnrolRequest("d", "run", b"signature"), {"study_digest": "x" * 257}),
         (Enrolment("a", "c", True), {"site": b"a"}),
         (Enrolment("a", "c", True), {"record_is_patient": "no"}),
         (Enrolment("a", "c", True), {"record_is_patient": 0}),

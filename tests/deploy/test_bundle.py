@@ -111,8 +111,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app, secure_round
-from client.identity import load_member, pin_roster, simulated_roster
+from client.enrolment import Enrolled, note_enrolled, open_accountant
+from client.identity import load_member
+from client.policy import Policy
 from client.settings import SiteSettings
+from client.simulated import allow, simulated_roster
 from common import wire
 from common.config import StudyConfig
 from client.updates import MadeUpdate
@@ -122,11 +125,14 @@ from server.secagg import SecureSum, SumPlan, check_keys
 
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 names = ("north", "south")
-study = StudyConfig.model_validate({"federation": {"contracted_patients": dict.fromkeys(names, 40)}})
+contract = {"federation": {"contracted_patients": dict.fromkeys(names, 40)}, "privacy": {"enabled": False}}
+study = StudyConfig.model_validate(contract)
 folders = {name: Path("sites", name).resolve() for name in names}
 roster = simulated_roster(folders)
 for name, folder in folders.items():
-    pin_roster(SiteSettings(name=name, data=folder / "images", folder=folder), roster)
+    settings = SiteSettings(name=name, data=folder / "images", folder=folder)
+    allow(settings, study, roster)
+    note_enrolled(settings, study, Enrolled("prepared", "run", ""))  # as if its images had been checked
 
 def ask(name, request):
     message = Message(wire.pack(request), 1, wire.action(request))
@@ -139,7 +145,8 @@ def ask(name, request):
 
 def mask(name, request):
     settings = SiteSettings.load(folders[name])
-    at = secure_round.SecureSite(study, load_member(settings), settings.study_folder(study.digest))
+    member, folder = load_member(settings, Policy.load(settings.folder)), settings.study_folder(study.digest)
+    at = secure_round.SecureSite(study, member, folder, lambda: open_accountant(settings, study))
     return secure_round.masked_input(at, request, lambda train: MadeUpdate(1, np.full(3, 0.25, np.float32), "update"))
 
 handled = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from client.identity import load_member, read_public
+from client.policy import Policy
 from client.settings import SiteSettings
 from common.errors import SiteError
 from common.secagg.roster import load_roster
@@ -18,6 +19,7 @@ def consortium(tmp_path: Path) -> Path:
     for name in ("north", "south"):
         assert synthward("site", "keygen", tmp_path / name).status == 0
         SiteSettings.checked(name=name, data=tmp_path, folder=tmp_path / name).save()
+        assert synthward("policy", "init", tmp_path / name, "--epsilon", 8, "--delta", 1e-5).status == 0
     made = synthward(
         "roster", "make", *(f"{name}={tmp_path / name}/identity.pub" for name in ("north", "south")),
         "--out", tmp_path / "roster.json",
@@ -64,17 +66,17 @@ def test_a_roster_is_shown_with_every_key_and_its_digest(consortium: Path) -> No
 def test_a_site_pins_the_roster_whose_digest_it_heard(consortium: Path) -> None:
     roster = consortium / "roster.json"
     with pytest.raises(SiteError, match="pinned no roster"):
-        load_member(SiteSettings.load(consortium / "north"))
+        load_member(SiteSettings.load(consortium / "north"), Policy.load(consortium / "north"))
     done = synthward("site", "pin", consortium / "north", roster, "--digest", load_roster(roster).digest)
     assert done.status == 0
-    member = load_member(SiteSettings.load(consortium / "north"))
+    member = load_member(SiteSettings.load(consortium / "north"), Policy.load(consortium / "north"))
     assert member.site == "north"
     assert set(member.roster.sites) == {"north", "south"}
 
 
 def test_another_digest_or_another_key_pins_nothing(consortium: Path) -> None:
     roster, north = consortium / "roster.json", consortium / "north"
-    before = (north / "site.toml").read_bytes()
+    before = (north / "policy.toml").read_bytes()
     done = synthward("site", "pin", north, roster, "--digest", "0" * 64)
     assert (done.status, "by telephone" in done.err) == (2, True)
 
@@ -83,7 +85,7 @@ def test_another_digest_or_another_key_pins_nothing(consortium: Path) -> None:
     synthward("roster", "make", f"north={consortium}/other/identity.pub", "--out", other)
     done = synthward("site", "pin", north, other, "--digest", load_roster(other).digest)
     assert (done.status, "another key" in done.err) == (3, True)
-    assert (north / "site.toml").read_bytes() == before
+    assert (north / "policy.toml").read_bytes() == before
     assert not (north / "roster.json").exists()
 
 
@@ -109,16 +111,14 @@ def test_init_writes_the_settings_that_the_other_commands_need(tmp_path: Path) -
     scans, folder = tmp_path / "scans", tmp_path / "north"
     scans.mkdir()
     arguments = ("site", "init", folder, "--name", "north", "--data", scans)
-    assert synthward(*arguments, "--minimum-cohort", 3).status == 0
+    assert synthward(*arguments).status == 0
     settings = SiteSettings.load(folder)
-    assert (settings.name, settings.data, settings.minimum_cohort) == ("north", scans.resolve(), 3)
-    assert not settings.allow_plain
+    assert (settings.name, settings.data) == ("north", scans.resolve())
     again = synthward(*arguments)
     assert (again.status, "exists already" in again.err) == (2, True)
     for wrong, reason in (
         (("--name", "a b", "--data", scans), "name"),
         (("--name", "a", "--data", tmp_path / "missing"), "not a folder"),
-        (("--name", "a", "--data", scans, "--minimum-cohort", 1), "minimum_cohort"),
     ):
         done = synthward("site", "init", tmp_path / "other", *wrong)
         assert (done.status, reason in done.err) == (2, True), done.err

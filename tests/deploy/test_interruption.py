@@ -1,6 +1,5 @@
 """The command as a process of its own, stopped politely and not: what is spent is never forgotten."""
 
-import json
 import os
 import random
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from client.accountant import open_ledger
 from common.privacy import accounting
 from common.privacy.accounting import Mechanism
 from server import record
@@ -49,15 +49,13 @@ def wait_for(reached: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 
 def spent(run: Path) -> dict[str, int]:
-    """Steps in each site's accountant."""
-    found = {}
-    for path in run.glob("sites/*/studies/*/accountant.json"):
-        found[path.parts[-4]] = sum(steps for _, _, steps in json.loads(path.read_bytes())["mechanisms"])
-    return found
+    """Steps in each site's ledger, of the sites that have charged."""
+    found = {path.parent.name: open_ledger(path.parent).lines() for path in run.glob("sites/*/ledger-head.json")}
+    return {site: sum(line.steps for line in lines) for site, lines in found.items() if lines}
 
 
 def check_completed(run: Path, before: dict[str, int]) -> RunRecord:
-    """The run is complete, its figures are those of the accountants, and nothing spent ``before`` is forgotten."""
+    """The run is complete, its figures are those of the ledgers, and nothing spent ``before`` is forgotten."""
     facts = RunRecord.load(run)
     after = spent(run)
     assert facts.status == "completed"

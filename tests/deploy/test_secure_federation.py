@@ -20,6 +20,7 @@ from scipy import stats
 
 import client.app
 import client.training
+from client.accountant import open_ledger
 from client.data.cohort import KEY_NAME
 from client.settings import SiteSettings
 from client.training import SiteStudy
@@ -90,9 +91,8 @@ def simulate_five(five: dict[str, Path], study: Path, out: Path) -> Result:
 
 
 def steps_spent(out: Path, site: str) -> int:
-    """By the site's own accountant."""
-    (path,) = (out / "sites" / site / "studies").glob("*/accountant.json")
-    return sum(steps for _, _, steps in json.loads(path.read_bytes())["mechanisms"])
+    """By the site's own ledger."""
+    return sum(line.steps for line in open_ledger(out / "sites" / site).lines())
 
 
 def steps_charged(facts: RunRecord) -> dict[str, int]:
@@ -409,7 +409,7 @@ def test_four_of_five_dead_ends_the_run_with_the_stage_and_it_resumes(
 
 def trained(out: Path) -> Sequence[str]:
     """The sites that have charged anything."""
-    return sorted(path.parts[-4] for path in out.glob("sites/*/studies/*/accountant.json"))
+    return sorted(path.parent.name for path in out.glob("sites/*/ledger.db") if open_ledger(path.parent).lines())
 
 
 def test_secrets_of_a_round_do_not_outlive_a_completed_run(scene: Scene) -> None:

@@ -13,6 +13,7 @@ from flwr.common.serde import message_to_proto
 from PIL import Image
 
 import deploy.simulate
+from client.accountant import open_ledger
 from client.data.inventory import list_patients
 from client.settings import SiteSettings
 from common.config import StudyConfig
@@ -31,9 +32,9 @@ def charged(facts: RunRecord) -> list[int]:
 
 
 def spent(out: Path) -> list[int]:
-    """Steps in each site's own accountant."""
-    files = sorted(out.glob("sites/*/studies/*/accountant.json"))
-    return [sum(steps for _, _, steps in json.loads(path.read_bytes())["mechanisms"]) for path in files]
+    """Steps in each site's own ledger, of the sites that have one."""
+    ledgers = sorted(out.glob("sites/*/ledger.db"))
+    return [sum(line.steps for line in open_ledger(path.parent).lines()) for path in ledgers]
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -84,8 +85,14 @@ def test_epsilon_is_that_of_the_mechanisms_and_within_the_study(run: Run) -> Non
         assert site.epsilon == accounting.epsilon(history, 1e-5)
         assert 7.9 < site.epsilon <= 8.0
         assert (site.delta, site.accountant) == (1e-5, "prv")
-        (accountant,) = (run.folder / "sites" / site.name / "studies").glob("*/accountant.json")
-        assert json.loads(accountant.read_bytes())["mechanisms"] == [[0.25, facts.noise_multiplier, 6]]
+        lines = open_ledger(run.folder / "sites" / site.name).lines()
+        assert {(line.sampling_probability, line.noise_multiplier) for line in lines} == {
+            (0.25, facts.noise_multiplier)
+        }
+        assert [(line.round, line.steps, line.run) for line in lines] == [(1, 3, facts.run), (2, 3, facts.run)]
+        assert site.budget is not None
+        assert (site.budget.epsilon, site.budget.delta, site.budget.spent_before) == (8.0, 1e-5, 0.0)
+        assert site.budget.spent_here == site.budget.spent_after == site.epsilon
 
 
 def test_a_site_with_too_few_patients_is_named_with_its_code(run: Run) -> None:
@@ -431,16 +438,18 @@ def test_a_resumed_run_computes_where_it_is_told_or_where_it_did(copied: Path, m
     assert resumed() == (2, "elsewhere", ["cuda", "cpu"])  # the sites' own device is the run's
 
 
-def test_a_lost_accountant_is_never_replaced(copied: Path) -> None:
+@pytest.mark.parametrize("lost", ["ledger.db", "ledger*", "policy.toml"])
+def test_a_lost_ledger_or_policy_is_never_replaced(lost: str, copied: Path) -> None:
     (copied / "checkpoints" / "round-0002.pt").unlink()
-    for accountant in copied.glob("sites/*/studies/*/accountant.json"):
-        accountant.unlink()
+    for path in copied.glob(f"sites/*/{lost}"):
+        path.unlink()
     result = synthward("simulate", "--resume", copied)
     assert result.status == 4
     facts = RunRecord.load(copied)  # each site itself refuses, before it says that it has spent nothing
-    assert (facts.refused_sites, facts.refused_nodes) == ({"small": "site"}, ["privacy", "privacy"])
+    code = "policy" if lost == "policy.toml" else "ledger"
+    assert (facts.refused_sites, facts.refused_nodes) == ({"small": "site"}, [code, code])
     assert charged(facts) == [6, 6]
-    assert not list(copied.glob("sites/*/studies/*/accountant.json"))
+    assert not [path for path in copied.glob(f"sites/*/{lost}") if path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize(("sites", "reason"), [(1, "at least 2 sites, found 1"), (256, "cannot hold 256 sites")])

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.config import StudyConfig
 from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request, TrainRequest
-from common.privacy.accounting import History
+from common.privacy.accounting import Budget, History
 from common.privacy.plan import make_plan
 
 TRAINED = 0.5
@@ -81,7 +81,9 @@ class Scripted:
         match request:
             case EnrolRequest():
                 history = planned(self.study, self.spent.get(name, 0))
-                return self.enrol.get(node, Enrolment(name, "ab" * 32, False, history))
+                budget = Budget(self.study.privacy.epsilon, self.study.privacy.delta)
+                own = budget if self.study.privacy.enabled else None
+                return self.enrol.get(node, Enrolment(name, "ab" * 32, False, history, budget=own))
             case TrainRequest():
                 return self.train[node](request) if node in self.train else self.trained(name, request)
         return Refusal("internal")

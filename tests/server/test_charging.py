@@ -3,8 +3,9 @@
 import pytest
 
 from common.config import StudyConfig
+from common.messages import Enrolment
 from common.privacy import accounting
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import Budget, History, Mechanism
 from common.privacy.plan import PrivacyPlan, make_plan
 from server import charging, record
 from server.record import RunRecord, SiteRecord
@@ -78,7 +79,11 @@ def test_only_those_who_are_asked_are_charged() -> None:
     [
         # Given before the site charges.
         *((code, 3) for code in ("site", "config", "privacy", "bad_peer", "out_of_order", "too_few_survivors")),
-        *((code, 6) for code in ("no_answer", "malformed", "node_error", "internal", "protocol", "a new code")),
+        *((code, 3) for code in ("over_budget", "policy")),
+        *(
+            (code, 6)
+            for code in ("ledger", "no_answer", "malformed", "node_error", "internal", "protocol", "a new code")
+        ),
         ("budget_exhausted", 9),
     ],
 )
@@ -133,7 +138,7 @@ def test_without_privacy_nothing_is_charged() -> None:
 def test_what_a_site_says_when_it_enrols_takes_the_place_of_what_was_assumed() -> None:
     _, site = north()
     for said in (9, 3):  # two rounds that nobody saw; a round that never reached the site
-        charging.enrol(site, spent(said))
+        charging.enrol(site, Enrolment("north", "ab" * 32, False, spent(said), budget=Budget(9.0, 1e-5)))
         assert record.history(site) == spent(said)
         assert site.epsilon == accounting.rdp_epsilon(spent(said), 1e-5)
 
@@ -145,6 +150,7 @@ def test_what_a_site_says_when_it_enrols_takes_the_place_of_what_was_assumed() -
     ("minimum", "codes", "expected"),
     [
         (2, {"north": "budget_exhausted", "south": "budget_exhausted"}, True),
+        (2, {"north": "over_budget", "south": "budget_exhausted"}, True),
         (3, {"north": "budget_exhausted"}, True),  # with it there would be enough
         (2, {"north": "budget_exhausted"}, False),  # two are left: something else failed
         (2, {"north": "budget_exhausted", "south": "site"}, True),  # one is left, and one is spent

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from client import secure_round
-from client.accountant import SiteAccountant
+from client.ledger import Release
 from client.round_file import last_attempt
 from client.secure_round import SecureSite
 from client.updates import MadeUpdate
@@ -27,13 +28,14 @@ from common.messages import (
     TrainRequest,
     Vector,
 )
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import Budget
 from common.secagg.neighbours import threshold_of
 from server.aggregation import GanState, aggregate
 from server.channel import MALFORMED, NO_ANSWER
 from server.round import RoundOutcome
 from server.secure_round import SecureRounds
 from tests.client.secure_sites import STAGE_OF
+from tests.client.sites import account_in
 from tests.consortium import members_of, names_of
 
 STAGES = ("advertise_keys", "share_keys", "masked_input", "confirm_survivors", "unmask")
@@ -100,7 +102,8 @@ class Network:
         self.sites = {}
         for name in names:
             (self.folder / name).mkdir(exist_ok=True)
-            self.sites[name] = SecureSite(self.study, members[name], self.folder / name)
+            folder = self.folder / name
+            self.sites[name] = SecureSite(self.study, members[name], folder, partial(account_in, folder, self.study))
         random = np.random.default_rng(5)
         self.updates = {name: random.uniform(-0.1, 0.1, GENERATOR + DISCRIMINATOR) for name in names}
 
@@ -367,13 +370,20 @@ def test_wrong_keys_for_the_next_attempt_cost_only_the_next_attempt(tmp_path: Pa
     network.check(rounds.run(state_of(2), ignore), FIVE)
 
 
+def charge_all(site: SecureSite) -> None:
+    """Everything that the study planned."""
+    account = site.accountant()
+    assert account is not None
+    release = Release(site.study.digest, "", "run", 1, account.planned, 1.0)
+    account.ledger.charge(account.data_set, release, Budget(1e6, 1e-5))
+
+
 def test_a_site_that_has_spent_all_gives_no_more_keys(tmp_path: Path) -> None:
     network = Network(study_of(rounds=20), tmp_path)
-    total = network.study.total_steps
 
     def charge(site: SecureSite) -> None:
         if site.member.site == FIRST:
-            SiteAccountant(site.folder, site.study.digest).charge(Mechanism(0.25, 1.0, total))
+            charge_all(site)
 
     network.charge = charge
     rounds = network.rounds()
@@ -385,8 +395,7 @@ def test_a_site_that_has_spent_all_gives_no_more_keys(tmp_path: Path) -> None:
 
 def test_when_all_have_spent_all_the_round_says_so_before_training(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path)
-    total = network.study.total_steps
-    network.charge = lambda site: SiteAccountant(site.folder, site.study.digest).charge(Mechanism(0.25, 1.0, total))
+    network.charge = charge_all
     rounds = network.rounds()
     network.check(rounds.run(state_of(0), ignore), FIVE)
     announced: list[tuple[str, ...]] = []

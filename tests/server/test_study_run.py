@@ -11,7 +11,7 @@ from common.config import StudyConfig
 from common.errors import ConfigError, TooFewSurvivors
 from common.messages import Enrolment, LocalUpdate, Refusal, Reply, TrainRequest
 from common.privacy import accounting
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import Budget, Mechanism
 from server import checkpoints, record
 from server.aggregation import GanState
 from server.record import RunRecord
@@ -32,6 +32,9 @@ def stop(at: str, error: type[BaseException]) -> Callable[[str], None]:
             raise error
 
     return before
+
+
+BUDGET = Budget(8.0, 1e-5)
 
 
 def stop_in(sites: Scripted, out: Path, at: str, error: type[BaseException]) -> RunRecord:
@@ -115,7 +118,9 @@ def test_what_sites_commit_themselves_to_is_on_disk_before_the_first_round(tmp_p
     assert seen[:2] == [[], ["ab" * 32, "ab" * 32]]  # asked to enrol, asked for round 1
 
 
-@pytest.mark.parametrize("changed", [Enrolment("south", "cd" * 32, False), Enrolment("south", "ab" * 32, True)])
+@pytest.mark.parametrize(
+    "changed", [Enrolment("south", "cd" * 32, False, budget=BUDGET), Enrolment("south", "ab" * 32, True, budget=BUDGET)]
+)
 def test_a_site_cannot_come_back_with_another_split_or_unit(changed: Enrolment, tmp_path: Path) -> None:
     study = two_sites()
     sites = Scripted(study)
@@ -156,7 +161,7 @@ def test_too_few_enrolled_sites_fail_the_run(tmp_path: Path) -> None:
 
 def test_a_site_that_counts_records_is_in_the_notice(tmp_path: Path) -> None:
     study = two_sites()
-    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "cd" * 32, True)}), tmp_path)
+    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "cd" * 32, True, budget=BUDGET)}), tmp_path)
     assert "one record (image)" in facts.notice
 
 
@@ -166,7 +171,7 @@ def secure_study(minimum_sites: int = 3) -> StudyConfig:
 
 
 def member(site: str, **changes: object) -> Enrolment:
-    return replace(Enrolment(site, "ab" * 32, False, (), 0, "1d" * 32, "aa" * 32), **changes)  # type: ignore[arg-type]
+    return replace(Enrolment(site, "ab" * 32, False, (), (), BUDGET, 0, "1d" * 32, "aa" * 32), **changes)  # type: ignore[arg-type]
 
 
 def enrolled(study: StudyConfig, out: Path, west: Enrolment) -> RunRecord:
@@ -206,7 +211,7 @@ def test_a_history_that_cannot_be_true_is_refused_at_enrolment(
 ) -> None:
     study = two_sites()
     said = planned(study, 7) if isinstance(history, str) else history
-    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "ab" * 32, False, said)}), tmp_path)
+    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "ab" * 32, False, said, budget=BUDGET)}), tmp_path)
     assert facts.refused_sites == {"south": "enrolment_changed"}
     assert [site.name for site in facts.sites] == ["north"]
 
@@ -215,7 +220,7 @@ def test_a_site_that_answered_cannot_come_back_with_less_than_it_answered(tmp_pa
     study = two_sites()
     sites = Scripted(study)
     stop_in(sites, tmp_path, "2", KeyboardInterrupt)
-    less = Enrolment("south", "ab" * 32, False, planned(study, 2))
+    less = Enrolment("south", "ab" * 32, False, planned(study, 2), budget=BUDGET)
     facts = run(study, replace(sites, enrol={3: less}), tmp_path, resume=True)
     assert facts.refused_sites == {"south": "enrolment_changed"}
     assert steps(facts)["south"] == 6  # as the record had it
@@ -227,6 +232,47 @@ def test_what_a_site_has_spent_before_it_joins_counts(tmp_path: Path) -> None:
     assert steps(facts) == {"north": 9, "south": 9}
     first = record.read_metrics(tmp_path)[0]["sites"]
     assert (first["north"]["steps_charged"], first["south"]["steps_charged"]) == (3, 7)
+
+
+def test_what_other_studies_spent_is_told_beside_this_one_and_the_budget(tmp_path: Path) -> None:
+    study, earlier = two_sites(), (Mechanism(0.5, 3.0, 40),)
+    south = Enrolment("south", "ab" * 32, False, (), earlier, Budget(12.0, 1e-6))
+    facts = run(study, Scripted(study, enrol={3: south}), tmp_path)
+    budgets = {site.name: site.budget for site in facts.sites}
+    own = record.history(facts.site("south"))
+    assert budgets["south"] == record.BudgetRecord(
+        epsilon=12.0,
+        delta=1e-6,
+        spent_before=accounting.epsilon(earlier, 1e-6),
+        spent_here=accounting.epsilon(own, 1e-6),
+        spent_after=accounting.epsilon((*earlier, *own), 1e-6),
+    )
+    assert budgets["north"] is not None
+    assert (budgets["north"].spent_before, budgets["north"].spent_after) == (0.0, facts.site("north").epsilon)
+
+
+def test_a_private_study_needs_a_budget_of_every_site(tmp_path: Path) -> None:
+    study = two_sites()
+    facts = run(study, Scripted(study, enrol={3: Enrolment("south", "ab" * 32, False)}), tmp_path)
+    assert (facts.refused_sites, facts.refused_nodes) == ({}, ["malformed"])
+
+
+def test_a_site_whose_budget_ends_stops_and_the_others_go_on(tmp_path: Path) -> None:
+    study = two_sites(rounds=3)
+    sites = Scripted(study)
+    sites.train = {3: lambda r: Refusal("over_budget") if r.round > 1 else sites.trained("south", r)}
+    facts = run(study, sites, tmp_path)
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "", 3)
+    assert steps(facts) == {"north": 9, "south": 3}  # what was refused before it was charged is not charged
+    assert facts.site("south").refusals == {"over_budget": 2}
+
+
+def test_when_every_budget_ends_the_run_ends_with_what_it_has(tmp_path: Path) -> None:
+    study = two_sites(rounds=3, minimum_sites=2)
+    sites = Scripted(study)
+    sites.train = {3: lambda r: Refusal("over_budget") if r.round > 1 else sites.trained("south", r)}
+    facts = run(study, sites, tmp_path)
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "budget_exhausted", 1)
 
 
 # ---------------------------------------------------------------- what a site is charged

@@ -8,9 +8,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.config import StudyConfig
-from tests.common.gan.trainers import CLIP_NORM, batch, images, movement, reading_trainer, small_study
+from tests.common.gan.trainers import CLIP_NORM, DEVICES, batch, images, movement, reading_trainer, small_study
 
 LOSSES = ("non_saturating", "hinge", "least_squares")
 CONFIGURATIONS = list(itertools.product(LOSSES, ("none", "group"), (False, True), (28, 32, 64)))
@@ -25,9 +27,10 @@ def study_of(loss: str, normalization: str, labelled: bool, size: int, max_image
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("loss", "normalization", "labelled", "size"), CONFIGURATIONS)
 def test_one_patient_moves_the_sum_by_at_most_clip_norm(
-    loss: str, normalization: str, labelled: bool, size: int
+    loss: str, normalization: str, labelled: bool, size: int, device: torch.device
 ) -> None:
     study = study_of(loss, normalization, labelled, size)
     # 3 + 26 + 1 + 2 images and 4 fakes in calls of at most 20 rows: the second patient exceeds a call alone.
@@ -40,7 +43,7 @@ def test_one_patient_moves_the_sum_by_at_most_clip_norm(
     labels = [0, 1, 0, 1] if labelled else [0, 0, 0, 0]
     largest = 0.0
     for weight_scale in (1.0, -20.0):  # the sign turns the logits: a saturated loss has no gradient to clip
-        trainer = reading_trainer(study)
+        trainer = reading_trainer(study, device=device)
         with torch.no_grad():
             trainer.discriminator.head.weight.mul_(weight_scale)
         everyone, _ = movement(trainer, batch(study, patients, labels))
@@ -56,6 +59,32 @@ def test_one_patient_moves_the_sum_by_at_most_clip_norm(
             assert moved == pytest.approx(moved_alone, abs=1e-3)
             largest = max(largest, moved)
     assert largest > 0.99 * CLIP_NORM  # not vacuous: an outlier is clipped, not lost
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("normalization", ["none", "group"])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_patient_of_any_batch_moves_the_sum_by_more(
+    data: st.DataObject, loss: str, normalization: str, device: torch.device
+) -> None:
+    """Batches of 0 to 4 patients beside the one who leaves, each of 1 to 50 images, as large as 1e6; any piece size."""
+    labels = st.integers(0, 1)
+    patient = st.tuples(st.integers(1, 50), labels, st.floats(-6, 6), st.sampled_from([1, -1]), st.integers(0, 99))
+    drawn = data.draw(st.lists(patient, min_size=1, max_size=5))
+    leaves = data.draw(st.integers(0, len(drawn) - 1))
+    study = study_of(loss, normalization, True, 28, max_images=data.draw(st.sampled_from([1, 7, 40, 256])))
+    clip_norm = data.draw(st.sampled_from([1e-3, 1.0, 50.0]))
+    trainer = reading_trainer(study, clip_norm=clip_norm, device=device)
+    with torch.no_grad():
+        trainer.discriminator.head.weight.mul_(data.draw(st.sampled_from([1, -1, 100, -100])))
+    patients = [images(study, count, seed, sign * 10**scale) for count, _, scale, sign, seed in drawn]
+    everyone = batch(study, patients, [label for _, label, *_ in drawn])
+    del patients[leaves], drawn[leaves]
+    rest = batch(study, patients, [label for _, label, *_ in drawn])
+    moved = float((movement(trainer, everyone)[0] - movement(trainer, rest)[0]).norm())
+    assert moved <= clip_norm
 
 
 @pytest.mark.parametrize("loss", LOSSES)

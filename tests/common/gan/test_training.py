@@ -1,5 +1,7 @@
 """A discriminator step by hand, and what of it must not depend on who was drawn."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,11 @@ from torch import Tensor
 from common.gan import losses
 from common.gan.parameters import to_vector
 from common.gan.training import GanTrainer, RealBatch, _pieces
+from common.privacy import gradient, noise
 from common.privacy.gradient import ROUNDING_MARGIN
-from tests.common.gan.trainers import CPU, batch, images, movement, reading_trainer, small_plan, small_study
+from common.privacy.sampling import ByteSource, draw_patients
+from tests.common.gan.trainers import CPU, DEVICES, batch, images, movement, reading_trainer, small_plan, small_study
+from tests.common.privacy.sources import Counted, seeded
 from tests.strategies import owners
 
 LABELS = {"label_column": "group", "labels": ["ill", "well", "other"]}
@@ -134,6 +139,72 @@ def test_an_empty_draw_is_a_step_with_noise() -> None:
     noise = (with_noise - without).numpy()
     # The standard deviation of n squares' mean is sqrt(2 / n): 5 of them.
     assert abs(noise.var() / 9 - 1) < 5 * np.sqrt(2 / len(noise))
+
+
+def chi_square_of_empty_steps(device: torch.device, steps: int = 50) -> tuple[float, int]:
+    """Sum of squares of what the plan's noise adds to the sums of empty batches, in units of its variance; and how many
+    squares. The bytes are the same in every run."""
+    study = small_study()
+    plan = small_plan(clip_norm=2.0, noise_multiplier=1.5)
+    trainer = reading_trainer(study, clip_norm=2.0, noise_stddev=plan.noise_stddev, device=device)
+    trainer.discriminator_optimizer.source = seeded(1)  # type: ignore[attr-defined]
+    silent, _ = movement(reading_trainer(study, clip_norm=2.0, device=device), batch(study, []))
+    added = torch.cat([movement(trainer, batch(study, []))[0] - silent for _ in range(steps)])
+    return float((added / 3.0).square().sum()), len(added)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chi_square_of_empty_batches_tells_right_noise_from_noise_3_percent_too_low(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 50 steps of 981 coordinates: a relative deviation of sqrt(2 / 49050) = 0.64 %. 3 % less noise is 5.9 % less
+    # variance, 9 deviations; the interval ends at 4.4.
+    total, count = chi_square_of_empty_steps(device)
+    assert count == 50 * 981
+    low, high = stats.chi2.interval(1 - 1e-5, count)
+    assert low < total < high
+
+    def weaker(reference: Tensor, stddev: float, source: ByteSource) -> Tensor:
+        return noise.gaussian_noise(reference, 0.97 * stddev, source)
+
+    monkeypatch.setattr(gradient, "gaussian_noise", weaker)
+    assert chi_square_of_empty_steps(device)[0] < low
+
+
+def test_every_step_of_a_run_is_noised_and_counted_whoever_was_drawn() -> None:
+    # 5 patients at 0.2: a third of the draws are empty, 0.8^5 = 0.33.
+    study = small_study()
+    trainer = GanTrainer(study, CPU, small_plan(), 4, seed=1)
+    optimizer: Any = trainer.discriminator_optimizer
+    coins, drawn, asked = seeded(2), [], []
+    for step in range(1, 31):
+        patients = draw_patients(5, 0.2, coins).tolist()
+        optimizer.source = Counted()
+        before = to_vector(trainer.discriminator)
+        trainer.discriminator_step(batch(study, [images(study, 1 + patient, seed=patient) for patient in patients]))
+        drawn.append(len(patients))
+        asked.append(sum(optimizer.source.asked))
+        assert (to_vector(trainer.discriminator) != before).mean() > 0.99
+        assert {int(state["step"]) for state in optimizer.original_optimizer.state.values()} == {step}
+    assert drawn.count(0) >= 3
+    assert max(drawn) >= 2
+    assert set(asked) == {981 * 32}  # 4 normals of 8 bytes a coordinate: the same at every step
+
+
+def test_two_runs_with_one_seed_differ_in_their_noise_alone() -> None:
+    study = small_study()
+    runs = []
+    for noise_stddev in (0.0, 0.0, 1.0, 1.0):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        trainer = GanTrainer(study, CPU, small_plan(), 4, seed=3)
+        trainer.discriminator_optimizer.noise_stddev = noise_stddev  # type: ignore[attr-defined]
+        for patients in ([0], [], [0, 1]):
+            trainer.discriminator_step(batch(study, [images(study, 2, seed=patient) for patient in patients]))
+            trainer.generator_step()
+        runs.append(to_vector(trainer.discriminator))
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert (runs[2] != runs[3]).mean() > 0.99
 
 
 @pytest.mark.parametrize("max_images", [2, 256])

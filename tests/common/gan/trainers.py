@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -14,6 +15,15 @@ from common.privacy.gradient import PatientOptimizer
 from common.privacy.plan import PrivacyPlan
 
 CPU = torch.device("cpu")
+DEVICES = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(
+        torch.device("cuda"),
+        id="cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NOT checked on one"),
+    ),
+]
+"""Every device that a site may compute on. Without a CUDA device its half is skipped, and pytest says so."""
 CLIP_NORM = 1.0
 
 
@@ -33,20 +43,26 @@ def small_plan(clip_norm: float = CLIP_NORM, noise_multiplier: float = 1.0) -> P
 
 
 class Reader(torch.optim.SGD):
-    """Leaves the parameters alone and keeps the gradient that it was given, float64 (dim,)."""
+    """Leaves the parameters alone and keeps the gradient that it was given, float64 (dim,) on the CPU."""
 
     gradient: Tensor
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         parts = [parameter.grad.double().flatten() for group in self.param_groups for parameter in group["params"]]
-        self.gradient = torch.cat(parts)
+        self.gradient = torch.cat(parts).cpu()
 
 
 def reading_trainer(
-    study: StudyConfig, *, num_fakes: int = 4, clip_norm: float = CLIP_NORM, noise_stddev: float = 0.0, seed: int = 1
+    study: StudyConfig,
+    *,
+    num_fakes: int = 4,
+    clip_norm: float = CLIP_NORM,
+    noise_stddev: float = 0.0,
+    seed: int = 1,
+    device: torch.device = CPU,
 ) -> GanTrainer:
     """A trainer with privacy whose optimizer only reads, by default without noise."""
-    trainer = GanTrainer(study, CPU, small_plan(clip_norm), num_fakes, seed)
+    trainer = GanTrainer(study, device, small_plan(clip_norm), num_fakes, seed)
     optimizer = trainer.discriminator_optimizer
     assert isinstance(optimizer, PatientOptimizer)
     optimizer.original_optimizer = Reader(trainer.discriminator.parameters(), lr=1.0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from common.privacy.sampling import draw_patients
 from tests.common.privacy.sources import Counted, failing, seeded, short
@@ -48,6 +49,21 @@ def test_the_number_drawn_is_binomial_not_fixed(q: float) -> None:
     sizes = drawn(q).sum(axis=1)
     expected = PATIENTS * q * (1 - q)
     assert abs(sizes.var() / expected - 1) < 5 * math.sqrt(2 / STEPS)
+
+
+@pytest.mark.parametrize("q", [0.02, 0.1, 0.5])
+def test_inclusion_counts_and_batch_sizes_follow_the_binomial_distribution(q: float) -> None:
+    """Chi-square of all 2000 batch sizes and, in blocks of 40 steps, of all 2000 counts of one patient."""
+    taken = drawn(q)
+    blocks = taken.reshape(STEPS // 40, 40, PATIENTS).sum(axis=1).ravel()
+    expected = stats.binom.pmf(np.arange(41), 40, q)
+    for counts in (taken.sum(axis=1), blocks):
+        # Values that are expected less than 5 times go to the nearest that is not.
+        likely = np.flatnonzero(expected * len(counts) >= 5)
+        observed = np.bincount(np.clip(counts, likely[0], likely[-1]), minlength=41)[likely]
+        shares = expected[likely].copy()
+        shares[0], shares[-1] = expected[: likely[0] + 1].sum(), expected[likely[-1] :].sum()
+        assert stats.chisquare(observed, shares * len(counts)).pvalue > 1e-4
 
 
 def test_patients_and_steps_are_independent() -> None:

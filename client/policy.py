@@ -1,0 +1,499 @@
+"""What a site allows: ``policy.toml`` in the site's folder, written by the site alone and read at every decision.
+
+**Guarantee.** Default deny: what the file does not allow is refused, and without a file that can be trusted nothing is
+allowed. A decision depends on this file, the site's settings, the study and what the site has spent; no message from
+the server can widen it.
+
+| edge case | what happens |
+|---|---|
+| no file, not readable, not TOML, an unknown, missing or wrong key | ``PolicyError``: the site does not take part |
+| everyone may write the file, or the folder that it is in | ``PolicyError``: anyone could have widened it |
+| the file is a link | followed; the file it leads to and both folders are judged |
+| a data folder is listed twice | refused: two budgets for the same patients would be two answers |
+| a folder inside a listed one, or around it | not listed |
+| privacy is off, and the data are not declared public | refused; no budget covers it |
+"""
+
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Context
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from client.settings import SiteSettings
+from common import study_signature
+from common.config import StudyConfig
+from common.errors import ConfigError, OverBudget, PolicyError, PrivacyError
+from common.files import write_atomically
+from common.privacy.accounting import Budget, History, epsilon, num_steps
+from common.privacy.plan import check_delta, make_plan
+
+FILE_NAME = "policy.toml"
+Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Output = Literal["masked_updates", "plain_updates"]
+_NO_SUM = "Not asked: the study makes no secure sum."
+_OUTPUT_OF: dict[str, Output] = {"secure": "masked_updates", "plain": "plain_updates"}
+_ROSTER_LINE = re.compile(r"""^([ \t]*roster_digest[ \t]*=[ \t]*)("[^"\r\n]*"|'[^'\r\n]*')(?!["'])""", re.MULTILINE)
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class DataPolicy(_Table):
+    """One folder of images and the most that may ever be spent on any of its patients.
+
+    Args:
+        folder: absolute.
+        epsilon: with ``delta``, over all studies and runs together.
+        delta: of the budget.
+        public: everyone has these images already: a study may train on them without privacy.
+    """
+
+    folder: Path
+    epsilon: Annotated[float, Field(strict=True, gt=0)]
+    delta: Annotated[float, Field(strict=True, gt=0, lt=1)]
+    public: Annotated[bool, Field(strict=True)] = False
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, folder: Path) -> Path:
+        try:
+            usable = folder.is_absolute() and b"\0" not in str(folder).encode()
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise ValueError("must be a whole path that begins with /, in UTF-8")
+        return folder
+
+    @property
+    def budget(self) -> Budget:
+        """Epsilon and delta as the accountant takes them."""
+        return Budget(self.epsilon, self.delta)
+
+
+class Policy(_Table):
+    """What a site allows.
+
+    Args:
+        roster_digest: the consortium's roster that this site has checked and pinned; "" for none yet.
+        minimum_cohort: the site joins no sum over fewer sites.
+        study_digests: studies that may use the site.
+        study_signers: Ed25519 public keys; a study signed by one of them may use the site as well.
+        algorithms: how may be trained.
+        outputs: what may leave the site.
+        largest_sampling_probability: of a patient at a step.
+        minimum_patients: the site takes part with no fewer contracted patients.
+        data: the folders of images that may be used.
+    """
+
+    roster_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    minimum_cohort: Annotated[int, Field(strict=True, ge=2)]
+    study_digests: tuple[Hex64, ...] = ()
+    study_signers: tuple[Hex64, ...] = ()
+    algorithms: tuple[Literal["local"], ...] = ()
+    outputs: tuple[Output, ...] = ()
+    largest_sampling_probability: Annotated[float, Field(strict=True, gt=0, le=1)]
+    minimum_patients: Annotated[int, Field(strict=True, ge=1)]
+    data: tuple[DataPolicy, ...] = ()
+
+    def data_of(self, folder: Path) -> DataPolicy:
+        """What is listed for a folder of images. Raises PolicyError when it is not listed exactly once."""
+        found = [data for data in self.data if data.folder.resolve() == folder.resolve()]
+        if len(found) != 1:
+            raise PolicyError(
+                f"The policy lists the folder {folder.resolve()} {'more than once' if found else 'nowhere'}.",
+                f"Give it one [[data]] block in {FILE_NAME}.",
+            )
+        return found[0]
+
+    def budget_of(self, folder: Path) -> Budget:
+        """The budget of each patient in a folder of images. Raises PolicyError when it is not listed exactly once."""
+        return self.data_of(folder).budget
+
+    @classmethod
+    def checked(cls, **keys: object) -> Self:
+        """A policy from keyword arguments. Raises ConfigError that names the wrong keys, without their values."""
+        try:
+            return cls.model_validate(keys)
+        except ValidationError as error:
+            raise ConfigError(f"Not a policy: {_wrong_keys(error)}.", "Correct them.") from None
+
+    @classmethod
+    def load(cls, site_folder: Path) -> Self:
+        """Read the policy in a site's folder. Raises PolicyError: missing, wrong, or anyone may write it."""
+        path = site_folder / FILE_NAME
+        try:
+            return cls.model_validate(tomllib.loads(_read_trusted(path).decode()))
+        except OSError as error:
+            raise PolicyError(
+                f"Cannot read {path}: {error.strerror}. Without a policy a site allows nothing.",
+                "Make one with `synthward policy init FOLDER`, or correct the file's rights.",
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise PolicyError(f"{path} is not TOML: {_without_bytes(error)}.", "Correct the line.") from None
+        except ValidationError as error:
+            raise PolicyError(f"{path} is not a policy: {_wrong_keys(error)}.", "Correct these keys.") from None
+
+    def save(self, site_folder: Path) -> None:
+        """Write the policy with an explanation of every key, for its owner's eyes only."""
+        write_atomically(site_folder / FILE_NAME, self._to_toml().encode(), mode=0o600)
+
+    def _to_toml(self) -> str:
+        tree = self.model_dump(mode="json")
+        blocks = tree.pop("data")
+        text = _TEXT.format(**{key: _line(key, value) for key, value in tree.items()})
+        tables = "\n".join(f"[[data]]\n{tomli_w.dumps(block)}" for block in blocks)
+        return text + (tables or "data = []\n")
+
+
+def set_roster_digest(site_folder: Path, digest: str) -> None:
+    """Pin another roster in an existing policy: one value changes, all else stays as it was written.
+
+    Raises:
+        ConfigError: not a digest. Nothing is changed.
+        PolicyError: there is no policy, or it has not one plain line ``roster_digest = "..."``. Nothing is changed.
+    """
+    path = site_folder / FILE_NAME
+    wanted = Policy.checked(**{**Policy.load(site_folder).model_dump(), "roster_digest": digest})
+    text, num_lines = _ROSTER_LINE.subn(rf'\g<1>"{digest}"', path.read_bytes().decode())
+    if num_lines != 1 or Policy.model_validate(tomllib.loads(text)) != wanted:
+        raise PolicyError(
+            f'{path} has not exactly one line roster_digest = "...".', "Write the line as `synthward policy init` does."
+        )
+    target = path.resolve()  # of a link, what it leads to: the link stays
+    write_atomically(target, text.encode(), mode=stat.S_IMODE(target.stat().st_mode))
+
+
+# ---------------------------------------------------------------- the decision
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule's answer to a study: ``why`` says what the policy says and what the study wants. For the site's eyes."""
+
+    name: str
+    allowed: bool
+    why: str
+
+
+def decide(
+    policy: Policy,
+    settings: SiteSettings,
+    study: StudyConfig,
+    signature: bytes,
+    histories: Sequence[History],
+    *,
+    spent_here: History = (),
+) -> tuple[Rule, ...]:
+    """What every rule of the policy says to a study: always all rules, in one order. All must allow it.
+
+    Args:
+        policy: the site's.
+        settings: the site's.
+        study: what is asked.
+        signature: on the study; empty for none.
+        histories: what the ledger holds for the site's patients, one for each group of them with the same lines;
+            those of this study included. None at all: the budget is not asked, because the charge will ask it.
+        spent_here: the part of them that is this study's. Its steps need not be paid for again.
+
+    Raises:
+        ConfigError: no noise gives what the study promises: nothing that a policy could decide.
+    """
+    data = _listed(policy, settings.data)
+    return (
+        _data_rule(policy, settings),
+        _study_rule(policy, study, signature),
+        _algorithm_rule(policy, study),
+        _outputs_rule(policy, study),
+        _cohort_rule(policy, study),
+        _roster_rule(policy, study),
+        _patients_rule(policy, settings, study),
+        _sampling_rule(policy, study),
+        _private_rule(data, study),
+        _delta_rule(data, settings, study),
+        _budget_rule(data, study, histories, spent_here),
+    )
+
+
+def check(
+    policy: Policy,
+    settings: SiteSettings,
+    study: StudyConfig,
+    signature: bytes,
+    histories: Sequence[History],
+    *,
+    spent_here: History = (),
+) -> None:
+    """Refuse a study that a rule of the policy refuses. Arguments as ``decide`` takes them.
+
+    Raises:
+        OverBudget: only the budget refuses.
+        PolicyError: other rules refuse; all of them are named.
+        ConfigError: no noise gives what the study promises.
+    """
+    rules = decide(policy, settings, study, signature, histories, spent_here=spent_here)
+    refused = [rule for rule in rules if not rule.allowed]
+    if not refused:
+        return
+    error = OverBudget if [rule.name for rule in refused] == ["budget"] else PolicyError
+    raise error(
+        f"This site's policy refuses the study: {' '.join(f'({rule.name}) {rule.why}' for rule in refused)}",
+        f"`synthward policy check` explains; only the site changes its {FILE_NAME}.",
+    )
+
+
+def _listed(policy: Policy, folder: Path) -> DataPolicy | None:
+    try:
+        return policy.data_of(folder)
+    except PolicyError:
+        return None
+
+
+def _data_rule(policy: Policy, settings: SiteSettings) -> Rule:
+    try:
+        policy.data_of(settings.data)
+    except PolicyError as error:
+        return Rule("data", False, error.message)
+    return Rule("data", True, f"The policy lists the folder {settings.data}.")
+
+
+def _study_rule(policy: Policy, study: StudyConfig, signature: bytes) -> Rule:
+    if study.digest in policy.study_digests:
+        return Rule("study", True, f"The policy lists the study's digest {study.digest}.")
+    for signer in policy.study_signers:
+        if study_signature.is_signed(bytes.fromhex(signer), study.digest, signature):
+            return Rule("study", True, f"The policy lists the key {signer}, which has signed the study.")
+    signed = "its signature is of no key that the policy lists" if signature else "it comes without a signature"
+    return Rule("study", False, f"The policy does not list the study's digest {study.digest}, and {signed}.")
+
+
+def _algorithm_rule(policy: Policy, study: StudyConfig) -> Rule:
+    wanted = study.federation.algorithm
+    why = f"The policy allows {_all(policy.algorithms)}; the study uses {wanted}."
+    return Rule("algorithm", wanted in policy.algorithms, why)
+
+
+def _outputs_rule(policy: Policy, study: StudyConfig) -> Rule:
+    wanted = _OUTPUT_OF[study.federation.aggregation]
+    why = f"The policy allows {_all(policy.outputs)} to leave; the study wants {wanted}."
+    return Rule("outputs", wanted in policy.outputs, why)
+
+
+def _cohort_rule(policy: Policy, study: StudyConfig) -> Rule:
+    if study.federation.aggregation != "secure":
+        return Rule("cohort", True, _NO_SUM)
+    sites, smallest = len(study.federation.contracted_patients), study.federation.minimum_sites
+    why = (
+        f"The policy asks for sums over {policy.minimum_cohort} sites or more; the study has {sites}, and would go on "
+        f"with {smallest}: this site refuses each sum over too few."
+    )
+    return Rule("cohort", sites >= policy.minimum_cohort, why)
+
+
+def _roster_rule(policy: Policy, study: StudyConfig) -> Rule:
+    if study.federation.aggregation != "secure":
+        return Rule("roster", True, _NO_SUM)
+    if not policy.roster_digest:
+        return Rule("roster", False, "The policy has pinned no roster; the study's secure sum needs one.")
+    return Rule("roster", True, f"The policy has pinned the roster {policy.roster_digest}.")
+
+
+def _patients_rule(policy: Policy, settings: SiteSettings, study: StudyConfig) -> Rule:
+    patients = study.federation.contracted_patients.get(settings.name)
+    if patients is None:
+        return Rule("patients", False, f"The study has no contracted number of patients for {settings.name}.")
+    why = f"The policy asks for {policy.minimum_patients} patients or more; the study contracts {patients} here."
+    return Rule("patients", patients >= policy.minimum_patients, why)
+
+
+def _sampling_rule(policy: Policy, study: StudyConfig) -> Rule:
+    wanted, largest = study.privacy.sampling_probability, policy.largest_sampling_probability
+    why = f"The policy allows a sampling probability of {largest:.6g} at most; the study wants {wanted:.6g}."
+    return Rule("sampling", wanted <= largest, why)
+
+
+def _private_rule(data: DataPolicy | None, study: StudyConfig) -> Rule:
+    if study.privacy.enabled:
+        return Rule("private", True, "The study trains with differential privacy.")
+    public = data is not None and data.public
+    says = "says" if public else "does not say"
+    why = f"The study trains without differential privacy; the policy {says} that the data are public."
+    return Rule("private", public, why)
+
+
+def _delta_rule(data: DataPolicy | None, settings: SiteSettings, study: StudyConfig) -> Rule:
+    if not study.privacy.enabled:
+        return Rule("delta", True, "Not asked: the study trains without differential privacy.")
+    patients = study.federation.contracted_patients.get(settings.name)
+    if patients is None or data is None:
+        return Rule("delta", False, "Cannot be told without a listed folder and a contracted number of patients.")
+    why = (
+        f"For {patients} patients delta may be {1 / (10 * patients):.6g} at most; "
+        f"the study has {study.privacy.delta:.6g}, the policy's budget {data.delta:.6g}."
+    )
+    try:
+        check_delta(max(study.privacy.delta, data.delta), patients)
+    except PrivacyError:
+        return Rule("delta", False, why)
+    return Rule("delta", True, why)
+
+
+def _budget_rule(
+    data: DataPolicy | None, study: StudyConfig, histories: Sequence[History], spent_here: History
+) -> Rule:
+    if data is None:
+        return Rule("budget", False, "The policy has no budget for this folder.")
+    if not study.privacy.enabled:
+        why = "Public data: nothing is spent." if data.public else "No budget covers training without privacy."
+        return Rule("budget", data.public, why)
+    allows = f"The policy allows epsilon {data.epsilon:.6g} at delta {data.delta:.6g} for any patient"
+    if not histories:
+        return Rule("budget", True, f"{allows}; every charge is measured by it.")
+    rest = _rest(study, spent_here)
+    spent = max(epsilon(history, data.delta) for history in histories)
+    total = max(epsilon((*history, *rest), data.delta) for history in histories)
+    why = f"{allows}; {_figure(spent)} is spent, and with the rest of the study it would be {_figure(total)}."
+    return Rule("budget", total <= data.epsilon, why)
+
+
+def _rest(study: StudyConfig, spent_here: History) -> History:
+    """What the study has planned and not yet charged here."""
+    plan = make_plan(study)
+    steps = plan.mechanism.steps - num_steps(spent_here) if plan else 0
+    return (replace(plan.mechanism, steps=steps),) if plan and steps > 0 else ()
+
+
+def _all(names: Sequence[str]) -> str:
+    return " and ".join(names) or "nothing"
+
+
+def _figure(value: float) -> str:
+    """Four digits, rounded up: no figure looks smaller than it is."""
+    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(value)):g}"
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _read_trusted(path: Path) -> bytes:
+    """The content of a file that only its owner and group may change. Raises OSError or PolicyError."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())  # what is judged is what is read
+        if not stat.S_ISREG(status.st_mode):
+            raise PolicyError(f"{path} is no file.", "Make a policy with `synthward policy init FOLDER`.")
+        folders = {path.parent.resolve(), path.resolve().parent}
+        writable = [place for place in sorted(folders) if place.stat().st_mode & stat.S_IWOTH]
+        if status.st_mode & stat.S_IWOTH:
+            writable.insert(0, path)
+        if writable:
+            raise PolicyError(
+                f"Everyone may write {writable[0]}, so anyone could have widened the policy.",
+                f"Read it again, then: chmod o-w {writable[0]}",
+            )
+        return file.read()
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)  # else a pipe waits for a writer
+
+
+def _line(key: str, value: object) -> str:
+    """A key with its value; a short list on one line."""
+    short = isinstance(value, list) and len(value) < 2
+    return f"{key} = {json.dumps(value)}" if short else tomli_w.dumps({key: value}).strip()
+
+
+def _wrong_keys(error: ValidationError) -> str:
+    """Every wrong key with the reason; values never appear."""
+    return "; ".join(_wrong_key(item) for item in error.errors(include_url=False, include_input=False))
+
+
+def _wrong_key(item: Mapping[str, Any]) -> str:
+    reasons = {"extra_forbidden": "no such key", "missing": "the key is missing"}
+    reason = reasons.get(item["type"], item["msg"].removeprefix("Value error, "))
+    place = " ".join(f"(number {part + 1})" if isinstance(part, int) else str(part) for part in item["loc"])
+    return f"{place}: {reason}"
+
+
+def _without_bytes(error: ValueError) -> str:
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+_TEXT = """\
+# What this site allows. Synthward reads this file whenever it decides about a study.
+# Whatever is not allowed here is refused. Nothing that the coordinator or the server sends can change this file.
+#
+# Lines that begin with # explain and have no effect. Texts stand in "quotes"; a list stands in [brackets] with commas
+# between its entries, and [] is an empty list. After a change, run `synthward policy check FOLDER STUDY.toml`: it shows
+# rule by rule what is allowed to a study, what is refused, and why.
+#
+# Let only those people change this file who answer for the patients' data. When everyone with an account on this
+# computer may change it, Synthward trusts it no longer and takes part in nothing.
+
+
+# ---- Which studies may use this site?
+
+# Studies that are allowed, each by its digest: 64 letters and digits that change when anything in the study changes,
+# its speed settings excepted. `synthward study digest STUDY.toml` prints it. Read a study before you list it here.
+{study_digests}
+
+# People whose studies are allowed when they have signed them, each by their public key: 64 letters and digits.
+# They can change a study and sign it again without asking you; all other rules of this file still hold.
+# When this list and the one above are both empty, no study is allowed.
+{study_signers}
+
+# Ways of training that are allowed. "local": the networks are trained here, inside this site, on its own images.
+{algorithms}
+
+# What may leave this site:
+#   "masked_updates": what was learned, hidden under a mask. The server can read only the sum over several sites.
+#   "plain_updates":  what was learned, as it is. The server can read what this site alone has learned.
+# Patients' images never leave. In studies with differential privacy both carry the noise that protects patients.
+{outputs}
+
+
+# ---- Together with whom?
+
+# The smallest number of sites in a sum that this site takes part in. The more sites, the less a sum says about one.
+{minimum_cohort}
+
+# The digest of the consortium's list of sites and their keys, which this site has compared with the coordinator.
+# `synthward site pin` writes it. While it is "", this site sends no masked updates.
+{roster_digest}
+
+
+# ---- With how many patients?
+
+# The smallest number of patients that a study's contract may state for this site. One of many is harder to single out.
+{minimum_patients}
+
+# How likely each patient may be drawn for one step of training, at most: 0.5 is every second patient on average,
+# 1 is every patient at every step. Patients who are drawn rarely are better protected by the same noise.
+{largest_sampling_probability}
+
+
+# ---- Which images, and how much may ever be learned about one patient?
+#
+# One block that begins with [[data]] for each folder of images. A folder without a block is never used.
+#
+#   folder   The folder of images, as a whole path that begins with /.
+#   epsilon  The budget: the most that may ever be spent on any one patient, all studies and all years together.
+#            A smaller number protects better. Compared with results made without a patient, all results together can
+#            change the odds of any guess about this patient by a factor of e to the power of epsilon at most: 2.7 for
+#            epsilon 1, 55 for 4, about 3000 for 8.
+#            When the budget is spent, this site stops. What was spent is in its ledger: `synthward ledger show FOLDER`.
+#   delta    How likely, at most, the promise of epsilon may fail. It must be 1 / (10 x number of patients) or less:
+#            0.0001 or less for 1000 patients. 0.0001 may also be written 1e-4.
+#   public   true only when anyone may have these images anyway, such as a published collection: studies without any
+#            protection of patients are then allowed on them. false for the images of a hospital's patients.
+
+"""

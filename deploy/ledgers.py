@@ -1,0 +1,139 @@
+"""``synthward ledger``: what a site has spent, whether its ledger is whole, and whether another study would fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from client.accountant import open_ledger
+from client.data import cohort
+from client.data.inventory import list_patients
+from client.identity import load_identity
+from client.ledger import data_set_of, ledger_key
+from client.policy import Policy
+from client.settings import SiteSettings
+from client.statement import DataSetSpent, check_continues, read_statement, sign_statement, spent_on
+from common.config import StudyConfig
+from common.errors import ConfigError, OverBudget, PolicyError
+from common.files import write_atomically
+from common.privacy import accounting
+from common.privacy.accounting import History
+from common.privacy.plan import make_plan
+
+
+def show(folder: Path, *, as_json: bool) -> None:
+    """Print what is spent and left, by data set and study. Raises SiteError, LedgerError."""
+    settings = SiteSettings.load(folder)
+    policy, trouble = _policy(folder)
+    data_sets = spent_on(open_ledger(folder), policy)
+    if as_json:
+        worst = max(data_sets, key=lambda found: found.epsilon, default=None)
+        spent = {"epsilon": worst.epsilon, "delta": worst.delta} if worst else {"epsilon": 0.0, "delta": None}
+        tree = {"site": settings.name, "spent": spent, "data_sets": [found.to_json() for found in data_sets]}
+        print(json.dumps(tree, indent=2))
+        return
+    if trouble:
+        print(f"budgets cannot be shown: {trouble}")
+    if not data_sets:
+        print(f"{settings.name} has spent nothing.")
+    for found in data_sets:
+        _print(found)
+
+
+def _print(found: DataSetSpent) -> None:
+    print(f"{found.folder}: {found.num_patients} patients (data set {found.digest[:16]})")
+    left = "the policy has no budget for this folder"
+    if found.budget is not None:
+        left = f"{found.left:.4f} left of {found.budget.epsilon:g}"
+    print(f"  spent  epsilon {found.epsilon:.4f} at delta {found.delta:g}; {left}")
+    for study in found.studies:
+        print(
+            f"  study  {study.name} ({study.digest[:16]}): epsilon {study.epsilon:.4f} alone, "
+            f"{study.rounds} lines, {study.steps} steps"
+        )
+    own = max((study.epsilon for study in found.studies), default=0.0)
+    if len(found.studies) > 1 or found.epsilon > own:
+        print("  Epsilons of studies do not simply add up: the total is that of all steps composed, for the patient")
+        print("  on whom most was spent, lines of other data sets with this patient included.")
+
+
+def verify(folder: Path, statement: Path | None) -> None:
+    """Walk the chain, and compare with a signed statement. Raises SiteError, ConfigError, LedgerError."""
+    SiteSettings.load(folder)
+    ledger = open_ledger(folder)
+    lines = ledger.lines()
+    print(f"The ledger is whole: {len(lines)} lines" + (f", newest hash {lines[-1].hash}" if lines else ""))
+    if statement is not None:
+        stated = read_statement(statement)
+        check_continues(ledger, stated)
+        print(f"It begins with the {len(stated)} lines of {statement}")
+
+
+def export(folder: Path, out: Path) -> None:
+    """Write a signed statement of the whole ledger. Raises SiteError, ConfigError, LedgerError."""
+    settings = SiteSettings.load(folder)
+    if out.exists():
+        raise ConfigError(f"{out} exists already.", "Give another --out: an older statement is worth keeping.")
+    policy, _ = _policy(folder)
+    statement = sign_statement(settings.name, load_identity(folder), open_ledger(folder), policy)
+    write_atomically(out, (json.dumps(statement, indent=2) + "\n").encode(), mode=0o600)
+    print(out)
+
+
+def plan(folder: Path, study_file: Path, *, as_json: bool) -> None:
+    """Print whether a study would fit into what is left. Raises OverBudget when it would not, after printing."""
+    settings, study = SiteSettings.load(folder), StudyConfig.from_toml(study_file)
+    planned = make_plan(study)
+    if planned is None:
+        raise ConfigError(f"{study_file} is not private: it has no plan.", "Set privacy.enabled = true.")
+    policy = Policy.load(folder)
+    budget = policy.budget_of(settings.data)
+    here = open_ledger(folder).history_of(study.digest)
+    left = planned.mechanism.steps - accounting.num_steps(here)
+    rest: History = (replace(planned.mechanism, steps=left),) if left > 0 else ()
+    before = after = 0.0
+    fits = True
+    for history in spent_histories(settings):
+        whole = (*history, *rest)
+        fits = fits and accounting.fits(whole, budget)
+        before = max(before, accounting.epsilon(history, budget.delta))
+        after = max(after, accounting.epsilon(whole, budget.delta))
+    if as_json:
+        tree = {
+            "fits": fits,
+            "spent": {"epsilon": before, "delta": budget.delta},
+            "study": {"epsilon": planned.epsilon, "delta": planned.delta},
+            "after": {"epsilon": after, "delta": budget.delta},
+            "budget": {"epsilon": budget.epsilon, "delta": budget.delta},
+        }
+        print(json.dumps(tree, indent=2))
+    else:
+        print(f"spent so far          epsilon {before:.4f} at delta {budget.delta:g}")
+        print(f"this study alone      epsilon {planned.epsilon:.4f} at delta {planned.delta:g}")
+        print(f"after it, all spent   epsilon {after:.4f} at delta {budget.delta:g}")
+        print(f"budget                epsilon {budget.epsilon:g} at delta {budget.delta:g}")
+        print("It fits." if fits else "It does not fit.")
+    if not fits:
+        raise OverBudget(
+            f"The study would take the site to epsilon {after:.4f}, its budget is {budget.epsilon:g}.",
+            "Plan a study with a smaller epsilon.",
+        )
+
+
+def spent_histories(settings: SiteSettings) -> tuple[History, ...]:
+    """What the ledger holds for the patients whose images lie in the site's folder now, without reading the images."""
+    if not (settings.folder / cohort.KEY_NAME).exists():
+        open_ledger(settings.folder).lines()  # refuses when there is none
+        return ((),)
+    patients = list_patients(settings.data, record_is_patient=settings.record_is_patient)
+    if settings.patients is not None:
+        patients = tuple(sorted(set(patients) & set(settings.patients)))
+    key = ledger_key(cohort.holdout_key(settings.folder))
+    return open_ledger(settings.folder).histories(data_set_of(key, settings.data, patients).patients)
+
+
+def _policy(folder: Path) -> tuple[Policy | None, str]:
+    """The policy, or why there is none: what was spent can be shown without it."""
+    try:
+        return Policy.load(folder), ""
+    except PolicyError as error:
+        return None, error.message

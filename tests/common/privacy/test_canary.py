@@ -1,0 +1,346 @@
+"""The audit: what it can say is computed exactly; what it does say of the real step, right and with a planted defect.
+
+The noise is the operating system's. A step that is right is refuted with probability under 0.001 by construction, far
+less in fact (see the exact figures below); planted defects are as large as to show for certain at the trials given.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting.dp_event import GaussianDpEvent
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import ndtr, ndtri
+from scipy.stats import binom
+from torch import Tensor, nn
+
+from common import progress
+from common.config import StudyConfig
+from common.errors import ConfigError
+from common.gan import networks
+from common.gan.training import GanTrainer
+from common.privacy import canary, gradient, noise
+from common.privacy import sampling as sampling_module
+from common.privacy.accounting import Mechanism
+from common.privacy.canary import audit, gaussian_epsilon, mu_at_least
+from common.privacy.plan import PrivacyPlan
+from tests.common.gan.trainers import small_study
+
+MULTIPLIERS = [0.5, 1.5, 5.0, 30.0]
+FEW = 100  # trials enough to see a gross defect, a second
+
+
+def plan_of(noise_multiplier: float, clip_norm: float = 1.0, sampling_probability: float = 0.5) -> PrivacyPlan:
+    return PrivacyPlan(Mechanism(sampling_probability, noise_multiplier, 10), clip_norm, delta=1e-5, epsilon=1.0)
+
+
+def labelled(size: int = 28, **tables: dict[str, Any]) -> StudyConfig:
+    return small_study(image={"size": size, "label_column": "group", "labels": ["ill", "well"]}, **tables)
+
+
+def canaries_at(noise_multiplier: float) -> int:
+    return max(1, min(canary.MOST_CANARIES, round(canary.WANTED_MU * noise_multiplier)))
+
+
+def probability_of_refuting(noise_multiplier: float, share: float, trials: int = canary.TRIALS) -> float:
+    """Exact for ``share`` of the noise: both counts of errors are binomial, and the threshold is half-way."""
+    claimed = canaries_at(noise_multiplier) / noise_multiplier
+    chance = float(ndtr(-claimed / share / 2))
+    deviation = np.sqrt(trials * chance * (1 - chance))
+    likely = range(max(0, int(trials * chance - 8 * deviation)), int(trials * chance + 8 * deviation) + 2)
+    # The bound falls as either count grows: for each number of misses, up to which number of false alarms it refutes.
+    total, most = 0.0, likely.stop - 1
+    for misses in likely:
+        while most >= likely.start and mu_at_least(most, misses, trials) <= claimed:
+            most -= 1
+        total += float(binom.pmf(misses, trials, chance) * binom.cdf(most, trials, chance)) if most >= 0 else 0.0
+    return total
+
+
+# ---------------------------------------------------------------- what the numbers can say
+
+
+@pytest.mark.parametrize("noise_multiplier", [*MULTIPLIERS, 0.2, 0.7, 200.0])
+def test_right_noise_is_refuted_with_a_probability_below_a_thousandth(noise_multiplier: float) -> None:
+    assert probability_of_refuting(noise_multiplier, 1.0) < 1e-3
+
+
+@pytest.mark.parametrize("noise_multiplier", MULTIPLIERS)
+def test_noise_a_fifth_too_low_is_refuted_almost_surely(noise_multiplier: float) -> None:
+    assert probability_of_refuting(noise_multiplier, 0.8) > 1 - 1e-9
+
+
+def test_the_bound_by_hand() -> None:
+    # 0 of 1 errors: (1 - p)^1 = 0.0004 at p = 0.9996, so both errors can be nearly certain: mu of 0.
+    assert mu_at_least(0, 0, 1) == 0
+    # 0 of 10000: p = 1 - 0.0004^(1/10000) = 7.82e-4, whose normal quantile is -3.1625; twice that.
+    assert mu_at_least(0, 0, 10_000) == pytest.approx(2 * 3.1625, abs=1e-3)
+    assert mu_at_least(10_000, 0, 10_000) == 0
+    assert mu_at_least(5_000, 5_000, 10_000) == 0
+
+
+@given(st.integers(1, 5000), st.data())
+def test_the_bound_falls_with_every_error(trials: int, data: st.DataObject) -> None:
+    false_alarms, misses = data.draw(st.integers(0, trials - 1)), data.draw(st.integers(0, trials))
+    found = mu_at_least(false_alarms, misses, trials)
+    assert 0 <= mu_at_least(false_alarms + 1, misses, trials) <= found
+    assert mu_at_least(misses, false_alarms, trials) == pytest.approx(found)
+    # Below what the error rates themselves say.
+    if 0 < false_alarms and 0 < misses < trials:
+        assert found <= max(0.0, -float(ndtri(false_alarms / trials)) - float(ndtri(misses / trials)))
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0, 30.0, 500.0])
+@pytest.mark.parametrize("delta", [1e-8, 1e-3])
+def test_the_exact_epsilon_equals_dp_accountings(noise_multiplier: float, delta: float) -> None:
+    accountant = PLDAccountant()
+    accountant.compose(GaussianDpEvent(noise_multiplier))
+    reference = accountant.get_epsilon(delta)  # pessimistic by its grid of 1e-4
+    assert gaussian_epsilon(1 / noise_multiplier, delta) == pytest.approx(reference, rel=2e-3, abs=2e-4)
+
+
+def test_no_signal_is_no_epsilon() -> None:
+    assert gaussian_epsilon(0.0, 1e-5) == 0
+    assert gaussian_epsilon(1e-5, 1e-5) == 0  # delta covers what so little can do
+
+
+# ---------------------------------------------------------------- the real step
+
+
+@pytest.mark.parametrize("noise_multiplier", MULTIPLIERS)
+def test_a_right_step_is_not_refuted_and_the_bound_is_near(noise_multiplier: float) -> None:
+    found = audit(labelled(), plan_of(noise_multiplier), trials=FEW)
+    assert found.refuted == ()
+    assert found.num_canaries == canaries_at(noise_multiplier)
+    # 100 trials: each Clopper-Pearson bound costs about 0.4 of a mu of 2.
+    assert 0.1 < found.inverse_noise_found / found.inverse_noise_claimed <= 1
+    assert 0 < found.epsilon_found <= found.epsilon_claimed
+    assert 0.9999 < found.movement <= 1
+    assert 0.3 < found.sampling_found < 0.5
+
+
+@pytest.mark.parametrize("loss", ["non_saturating", "hinge", "least_squares"])
+@pytest.mark.parametrize("normalization", ["none", "group"])
+@pytest.mark.parametrize("clip_norm", [1e-3, 50.0])
+def test_a_canary_is_found_for_every_loss_network_and_clip_norm(
+    loss: str, normalization: str, clip_norm: float
+) -> None:
+    study = small_study(gan={"loss": loss, "discriminator_normalization": normalization})
+    found = audit(study, plan_of(1.5, clip_norm), trials=2)
+    assert found.refuted == ()
+    assert 0.99 < found.movement <= 1
+
+
+def test_a_large_study_is_audited_on_a_small_network() -> None:
+    study = labelled(128, gan={"discriminator_width": 256, "generator_width": 256})
+    found = audit(study, plan_of(1.5), trials=1)
+    assert found.num_parameters < 2000
+
+
+def test_what_few_trials_would_see_is_said() -> None:
+    found = audit(labelled(), plan_of(1.5), trials=2)
+    assert found.visible_noise == 0
+    at = {trials: replace(found, trials=trials).visible_noise for trials in (200, 2000, 10_000)}
+    assert 0.4 < at[200] < at[2000] < at[10_000] < 0.95
+    assert probability_of_refuting(1.5, at[2000], 2000) > 0.999
+
+
+def test_progress_is_told() -> None:
+    heard: list[tuple[int, int]] = []
+    with progress.listening(lambda done, total: heard.append((done, total))):
+        audit(labelled(), plan_of(1.5), trials=3)
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_no_trials_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1 trial"):
+        audit(labelled(), plan_of(1.5), trials=0)
+
+
+def test_every_trial_is_a_step_of_the_trainer_with_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 parameter tensors are noised in every step, those before the first trial with a deviation of zero."""
+    drawn: list[tuple[float, Tensor]] = []
+
+    def listening(reference: Tensor, stddev: float, source: Any) -> Tensor:
+        made = noise.gaussian_noise(reference, stddev, source)
+        drawn.append((stddev, made.flatten().clone()))
+        return made
+
+    monkeypatch.setattr(gradient, "gaussian_noise", listening)
+    audit(labelled(), plan_of(1.5, clip_norm=2.0), trials=5)
+    noisy = [made for stddev, made in drawn if stddev == 3.0]
+    assert {stddev for stddev, _ in drawn} == {0.0, 3.0}
+    assert len(noisy) == 2 * 5 * 6
+    assert len({tuple(made.tolist()) for made in noisy}) == len(noisy)
+
+
+# ---------------------------------------------------------------- planted defects
+
+
+def weaker(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Only ``share`` of the noise is added."""
+    monkeypatch.setattr(
+        gradient,
+        "gaussian_noise",
+        lambda reference, stddev, source: noise.gaussian_noise(reference, share * stddev, source),
+    )
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.5, 5.0])
+def test_half_of_the_noise_is_refuted_in_few_trials(noise_multiplier: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probability_of_refuting(noise_multiplier, 0.5, 4 * FEW) > 1 - 1e-5
+    weaker(monkeypatch, 0.5)
+    found = audit(labelled(), plan_of(noise_multiplier), trials=4 * FEW)
+    assert found.refuted == ("noise",)
+    assert found.epsilon_found > found.epsilon_claimed
+
+
+def test_no_noise_at_all_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    weaker(monkeypatch, 0.0)
+    found = audit(labelled(), plan_of(1.5), trials=FEW)
+    assert (found.false_alarms, found.misses) == (0, 0)
+    assert found.refuted == ("noise",)
+
+
+def test_noise_that_an_empty_draw_does_not_get_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At a rate of 0.01 and 4 patients 96 % of the draws without canaries are empty.
+    step = GanTrainer.discriminator_step
+
+    def skipping(self: GanTrainer, real: Any) -> tuple[float, int]:
+        optimizer: Any = self.discriminator_optimizer
+        before = optimizer.noise_stddev
+        optimizer.noise_stddev = before if len(real.images) else 0.0
+        try:
+            return step(self, real)
+        finally:
+            optimizer.noise_stddev = before
+
+    monkeypatch.setattr(GanTrainer, "discriminator_step", skipping)
+    found = audit(labelled(), plan_of(1.5, sampling_probability=0.01), trials=4 * FEW)
+    assert "noise" in found.refuted
+
+
+def test_clipping_a_fifth_too_wide_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "ROUNDING_MARGIN", -0.2)
+    found = audit(labelled(), plan_of(1.5), trials=2)
+    assert found.refuted == ("sensitivity",)
+    assert found.movement == pytest.approx(1.2, abs=1e-3)
+
+
+def test_no_clipping_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient, "ROUNDING_MARGIN", -1e30)
+    found = audit(labelled(), plan_of(1.5), trials=FEW)
+    assert found.refuted == ("noise", "sensitivity")
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.5, 30.0])
+def test_images_of_a_patient_that_are_not_averaged_are_refuted(
+    noise_multiplier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.gan.training.average_over_owners", lambda network, owner, num_owners: 0)
+    found = audit(labelled(), plan_of(noise_multiplier), trials=2)
+    assert found.refuted == ("sensitivity",)
+    assert found.movement == pytest.approx(2, abs=1e-3)  # the canary counts once an image
+
+
+def test_a_patient_who_counts_twice_shows_in_the_noise_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.gan.training.average_over_owners", lambda network, owner, num_owners: 0)
+    assert audit(labelled(), plan_of(1.5), trials=4 * FEW).refuted == ("noise", "sensitivity")
+
+
+class Spread(nn.Module):
+    """Minibatch standard deviation (Karras et al. 2018): one more feature, the same for all rows of the batch."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + hidden.std(dim=0, unbiased=False).mean()
+
+
+class Centred(nn.Module):
+    """Batch normalisation without a scale or running statistics, and so without a buffer that Opacus would refuse."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden - hidden.mean(dim=0)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.5, 30.0])
+@pytest.mark.parametrize("mixing", [Spread, Centred])
+def test_a_network_that_mixes_samples_is_refuted(
+    mixing: type[nn.Module], noise_multiplier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = networks.build_discriminator
+
+    def mixed(study: StudyConfig) -> nn.Module:
+        network: Any = build(study)
+        network.body.append(mixing())
+        return network  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(networks, "build_discriminator", mixed)
+    found = audit(labelled(), plan_of(noise_multiplier), trials=1)
+    assert "sensitivity" in found.refuted
+    assert found.movement > 1.5
+
+
+def test_sampling_more_often_than_claimed_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 800 coins at 0.5, deviation 0.018: 14 of them above the claim of 0.25.
+    monkeypatch.setattr(canary, "draw_patients", lambda number, q: sampling_module.draw_patients(number, 2 * q))
+    found = audit(labelled(), plan_of(1.5, sampling_probability=0.25), trials=FEW)
+    assert found.refuted == ("sampling",)
+    assert 0.25 < found.sampling_found < 0.5
+
+
+def test_a_gradient_that_is_lost_is_no_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped to a tenth, no canary can reach the bound: refused, not passed."""
+    monkeypatch.setattr(gradient, "ROUNDING_MARGIN", 0.9)
+    with pytest.raises(ConfigError, match="prove nothing"):
+        audit(labelled(), plan_of(1.5), trials=FEW)
+
+
+def test_a_failing_source_ends_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "draw_patients", lambda number, q: sampling_module.draw_patients(number, q, short))
+    with pytest.raises(OSError, match="random source"):
+        audit(labelled(), plan_of(1.5), trials=FEW)
+
+
+def short(count: int) -> bytes:
+    return bytes(count - 1)
+
+
+# ---------------------------------------------------------------- as it is run by default
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_multiplier", MULTIPLIERS)
+def test_the_default_audit_is_close_to_the_claim(noise_multiplier: float) -> None:
+    found = audit(labelled(), plan_of(noise_multiplier))
+    assert found.refuted == ()
+    assert found.inverse_noise_found > 0.88 * found.inverse_noise_claimed
+    assert found.sampling_found > 0.48
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_multiplier", MULTIPLIERS)
+def test_the_default_audit_refutes_noise_a_fifth_too_low(
+    noise_multiplier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weaker(monkeypatch, 0.8)
+    assert audit(labelled(), plan_of(noise_multiplier)).refuted == ("noise",)
+
+
+@pytest.mark.slow
+def test_the_default_audit_sees_clipping_a_fifth_too_wide_in_the_noise_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradient, "ROUNDING_MARGIN", -0.2)
+    assert audit(labelled(), plan_of(1.5)).refuted == ("noise", "sensitivity")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the audit was NOT run on one")
+@pytest.mark.parametrize("noise_multiplier", MULTIPLIERS)
+def test_a_right_step_on_a_cuda_device_is_not_refuted(noise_multiplier: float) -> None:
+    found = audit(labelled(), plan_of(noise_multiplier), trials=FEW, device=torch.device("cuda"))
+    assert found.refuted == ()
+    assert 0.1 < found.inverse_noise_found / found.inverse_noise_claimed <= 1

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from client import secure_round
 from client.accountant import SiteAccountant
+from client.enrolled import open_accountant
 from client.identity import load_member
 from client.log import site_log
 from client.policy import Policy
@@ -118,8 +119,6 @@ def _secure(handle: Callable[[SecureSite, R], Reply]) -> Callable[[R, StudyConfi
 
 def _secure_site(study: StudyConfig, settings: SiteSettings) -> SecureSite:
     def accountant() -> SiteAccountant | None:
-        from client.enrolment import open_accountant
-
         return open_accountant(settings, study)
 
     member = load_member(settings, Policy.load(settings.folder))

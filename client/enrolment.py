@@ -3,15 +3,26 @@
 import hashlib
 import json
 import logging
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from client.accountant import SiteAccountant, Terms, open_ledger, terms
+from client.accountant import open_ledger, terms
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
+from client.enrolled import (
+    HELD_OUT,
+    PREPARED,
+    TRAINING,
+    Enrolled,
+    data_set,
+    flat,
+    note_enrolled,
+    open_accountant,
+    read_enrolled,
+)
 from client.identity import load_member
-from client.ledger import DataSet, Ledger, data_set_of, ledger_key
+from client.ledger import Ledger
 from client.policy import Policy, check
 from client.round_file import RoundFile, last_attempt
 from client.settings import SiteSettings
@@ -20,35 +31,14 @@ from common.config import StudyConfig
 from common.errors import LedgerError, SiteError
 from common.files import locked, write_atomically
 from common.messages import Enrolment, EnrolRequest
-from common.privacy.accounting import Budget, History, Mechanism, append
+from common.privacy.accounting import History, append
 from common.privacy.plan import check_delta, make_plan
 
 logger = logging.getLogger("synthward.site")
 CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json", "holdout.json"
-PREPARED, ENROLLED_FILE = "prepared", "enrolled.json"
-TRAINING, HELD_OUT = "training", "held_out"
 CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
 DATA_SETTINGS = {"name", "data", "record_is_patient", "patients"}  # what changes the prepared images
 DataCheck = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Enrolled:
-    """What a site keeps of its enrolment in a study.
-
-    Args:
-        prepared: name of the folder of the images that it enrolled with.
-        run: the coordinator's run, for the ledger.
-        signature: the study's signature as the coordinator sent it, hex.
-        planned: probability, noise and number of all steps; None when the study is not private.
-        accepted: epsilon and delta of the budget, and lines of other studies, when the plan was found to fit.
-    """
-
-    prepared: str
-    run: str
-    signature: str
-    planned: tuple[float, float, int] | None = None
-    accepted: tuple[float, float, int] | None = None
 
 
 def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> Enrolment:
@@ -78,10 +68,10 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
         history, earlier = ledger.history_of(study.digest), _of_other_studies(ledger, study)
         if (folder / STATE_FILE).exists() and not history:
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
-        spent = ledger.histories(_data_set(settings, prepared).patients)
+        spent = ledger.histories(data_set(settings, prepared).patients)
         check(policy, settings, study, request.signature, spent, spent_here=history)
         accepted = terms(ledger, study.digest, policy.budget_of(settings.data))
-        enrolled = replace(enrolled, planned=astuple(plan.mechanism), accepted=_flat(accepted))
+        enrolled = replace(enrolled, planned=astuple(plan.mechanism), accepted=flat(accepted))
     note_enrolled(settings, study, enrolled)
     if member is not None:
         RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
@@ -108,34 +98,9 @@ def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
     num_patients, _ = study.contracted_split(settings.name)
     accountant = open_accountant(settings, study)
     folder = settings.study_folder(study.digest)
-    enrolled = _enrolled(settings, study)
+    enrolled = read_enrolled(settings, study)
     prepared = slices.reopen(settings.folder / PREPARED / enrolled.prepared, name=TRAINING)
     return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device, accountant)
-
-
-def open_accountant(settings: SiteSettings, study: StudyConfig) -> SiteAccountant | None:
-    """The study's account at this site, after asking the policy again; None when the study is not private.
-
-    Raises:
-        SiteError: the site never enrolled in this study.
-        PolicyError: the policy no longer allows the study.
-    """
-    enrolled = _enrolled(settings, study)
-    policy = Policy.load(settings.folder)
-    # What a round costs is checked when it is charged; the whole plan was when the site enrolled.
-    check(policy, settings, study, bytes.fromhex(enrolled.signature), ())
-    if enrolled.planned is None or enrolled.accepted is None:
-        return None
-    epsilon, delta, other_lines = enrolled.accepted
-    return SiteAccountant(
-        open_ledger(settings.folder),
-        _data_set(settings, enrolled.prepared),
-        policy.budget_of(settings.data),
-        study,
-        enrolled.run,
-        Mechanism(*enrolled.planned),
-        Terms(Budget(epsilon, delta), other_lines),
-    )
 
 
 def _of_other_studies(ledger: Ledger, study: StudyConfig) -> History:
@@ -145,33 +110,6 @@ def _of_other_studies(ledger: Ledger, study: StudyConfig) -> History:
         if line.study_digest != study.digest:
             history = append(history, line.mechanism)
     return history
-
-
-def _flat(accepted: Terms) -> tuple[float, float, int]:
-    return accepted.budget.epsilon, accepted.budget.delta, accepted.other_lines
-
-
-def _data_set(settings: SiteSettings, prepared: str) -> DataSet:
-    """All patients of a state of the data: those held out count as well, because the audit will read them."""
-    folder = settings.folder / PREPARED / prepared
-    patients = [patient for name in (TRAINING, HELD_OUT) for patient in slices.reopen(folder, name=name).patient_ids]
-    return data_set_of(ledger_key(cohort.holdout_key(settings.folder)), settings.data, patients)
-
-
-def note_enrolled(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled) -> None:
-    """Keep what the rounds will need."""
-    path = settings.study_folder(study.digest) / ENROLLED_FILE
-    write_atomically(path, json.dumps(asdict(enrolled)).encode(), mode=0o600)
-
-
-def _enrolled(settings: SiteSettings, study: StudyConfig) -> Enrolled:
-    try:
-        content = json.loads((settings.study_folder(study.digest) / ENROLLED_FILE).read_bytes())
-        return Enrolled(**content)
-    except (OSError, ValueError, TypeError):
-        raise SiteError(
-            f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again."
-        ) from None
 
 
 def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:

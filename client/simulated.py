@@ -56,7 +56,12 @@ def policy_for(settings: SiteSettings, study: StudyConfig, roster: Roster) -> Po
         largest_sampling_probability=privacy.sampling_probability,
         minimum_patients=federation.minimum_patients,
         data=(
-            DataPolicy(folder=settings.data.absolute(), epsilon=privacy.epsilon, delta=privacy.delta, public=not privacy.enabled),
+            DataPolicy(
+                folder=settings.data.absolute(),
+                epsilon=privacy.epsilon,
+                delta=privacy.delta,
+                public=not privacy.enabled,
+            ),
         ),
     )
 

@@ -18,6 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client import app, enrolment, training
 from client.accountant import open_ledger
+from client.data import slices
+from client.enrolled import HELD_OUT, PREPARED
 from client.enrolment import open_study
 from client.policy import Policy
 from client.settings import SiteSettings
@@ -142,7 +144,7 @@ def test_training_uses_the_training_patients_only(tmp_path: Path, phantoms: Path
     study, site = study_of(), site_at(tmp_path, phantoms)
     ask(site, study, EnrolRequest(study.digest))
     at = open_study(SiteSettings.load(site), study)
-    held_out = enrolment.slices.reopen(next((site / enrolment.PREPARED).iterdir()), name=enrolment.HELD_OUT)
+    held_out = slices.reopen(next((site / PREPARED).iterdir()), name=HELD_OUT)
     assert set(at.cohort.patient_ids).isdisjoint(held_out.patient_ids)
     assert len(at.cohort.patient_ids) + len(held_out.patient_ids) == 12
     assert at.num_patients == 8  # 11 by contract, 3 of them held out: 0.3 x 11 = 3.3

@@ -10,7 +10,8 @@ import pytest
 
 from client import enrolment
 from client.data import cohort, slices
-from client.enrolment import CHECK_FILE, PREPARED, TRAINING, enrol, open_accountant, open_study, prepare_data
+from client.enrolled import PREPARED, TRAINING, open_accountant
+from client.enrolment import CHECK_FILE, enrol, open_study, prepare_data
 from client.identity import load_member, make_identity, pin_roster, read_public
 from client.ledger import Ledger, Release, data_set_of
 from client.policy import Policy, set_roster_digest

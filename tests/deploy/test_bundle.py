@@ -111,7 +111,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app, secure_round
-from client.enrolment import Enrolled, note_enrolled, open_accountant
+from client.enrolled import Enrolled, note_enrolled, open_accountant
 from client.identity import load_member
 from client.policy import Policy
 from client.settings import SiteSettings

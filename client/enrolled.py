@@ -1,0 +1,90 @@
+"""What a site keeps of its enrolment in a study, and the account that the rounds open with it. Starts without torch."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from client.accountant import SiteAccountant, Terms, open_ledger
+from client.data import cohort, slices
+from client.ledger import DataSet, data_set_of, ledger_key
+from client.policy import Policy, check
+from client.settings import SiteSettings
+from common.config import StudyConfig
+from common.errors import SiteError
+from common.files import write_atomically
+from common.privacy.accounting import Budget, Mechanism
+
+PREPARED, ENROLLED_FILE = "prepared", "enrolled.json"
+TRAINING, HELD_OUT = "training", "held_out"
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """What a site keeps of its enrolment in a study.
+
+    Args:
+        prepared: name of the folder of the images that it enrolled with.
+        run: the coordinator's run, for the ledger.
+        signature: the study's signature as the coordinator sent it, hex.
+        planned: probability, noise and number of all steps; None when the study is not private.
+        accepted: epsilon and delta of the budget, and lines of other studies, when the plan was found to fit.
+    """
+
+    prepared: str
+    run: str
+    signature: str
+    planned: tuple[float, float, int] | None = None
+    accepted: tuple[float, float, int] | None = None
+
+
+def note_enrolled(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled) -> None:
+    """Keep what the rounds will need."""
+    path = settings.study_folder(study.digest) / ENROLLED_FILE
+    write_atomically(path, json.dumps(asdict(enrolled)).encode(), mode=0o600)
+
+
+def read_enrolled(settings: SiteSettings, study: StudyConfig) -> Enrolled:
+    """What was kept. Raises SiteError when the site never enrolled in this study."""
+    try:
+        content = json.loads((settings.study_folder(study.digest) / ENROLLED_FILE).read_bytes())
+        return Enrolled(**content)
+    except (OSError, ValueError, TypeError):
+        raise SiteError(
+            f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again."
+        ) from None
+
+
+def open_accountant(settings: SiteSettings, study: StudyConfig) -> SiteAccountant | None:
+    """The study's account at this site, after asking the policy again; None when the study is not private.
+
+    Raises:
+        SiteError: the site never enrolled in this study.
+        PolicyError: the policy no longer allows the study.
+    """
+    enrolled = read_enrolled(settings, study)
+    policy = Policy.load(settings.folder)
+    # What a round costs is checked when it is charged; the whole plan was when the site enrolled.
+    check(policy, settings, study, bytes.fromhex(enrolled.signature), ())
+    if enrolled.planned is None or enrolled.accepted is None:
+        return None
+    epsilon, delta, other_lines = enrolled.accepted
+    return SiteAccountant(
+        open_ledger(settings.folder),
+        data_set(settings, enrolled.prepared),
+        policy.budget_of(settings.data),
+        study,
+        enrolled.run,
+        Mechanism(*enrolled.planned),
+        Terms(Budget(epsilon, delta), other_lines),
+    )
+
+
+def data_set(settings: SiteSettings, prepared: str) -> DataSet:
+    """All patients of a state of the data: those held out count as well, because the audit will read them."""
+    folder = settings.folder / PREPARED / prepared
+    patients = [patient for name in (TRAINING, HELD_OUT) for patient in slices.reopen(folder, name=name).patient_ids]
+    return data_set_of(ledger_key(cohort.holdout_key(settings.folder)), settings.data, patients)
+
+
+def flat(accepted: Terms) -> tuple[float, float, int]:
+    """Terms as ``Enrolled`` keeps them."""
+    return accepted.budget.epsilon, accepted.budget.delta, accepted.other_lines

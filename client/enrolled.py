@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 
 from client.accountant import SiteAccountant, Terms, open_ledger
 from client.data import cohort, slices
+from client.decision import check
 from client.ledger import DataSet, data_set_of, ledger_key
-from client.policy import Policy, check
+from client.policy import Policy
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.errors import SiteError

@@ -10,6 +10,7 @@ from typing import Any
 from client.accountant import open_ledger, terms
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
+from client.decision import check
 from client.enrolled import (
     HELD_OUT,
     PREPARED,
@@ -23,7 +24,7 @@ from client.enrolled import (
 )
 from client.identity import load_member
 from client.ledger import Ledger
-from client.policy import Policy, check
+from client.policy import Policy
 from client.round_file import RoundFile, last_attempt
 from client.settings import SiteSettings
 from client.training import STATE_FILE, SiteStudy

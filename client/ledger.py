@@ -218,6 +218,7 @@ class Ledger:
                 if book.unwritten:  # committed by itself, so that the file is never two lines behind the head
                     _insert(db, book.lines[-1], book.members[book.lines[-1].data_set])
                     ledger_file.commit(db)
+                    ledger_file.begin(db)
                 yield db, book
 
     def _refuse_missing(self) -> None:

@@ -36,7 +36,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 RESTORE = "Restore the newest state of both files. Without it, what was spent is unknown, and this site cannot train."
 MAKE_ROOM = "Make room on the disk, then start again. Nothing was released."
-GIVE_RIGHTS = "Give the account that trains the right to read and write the site's folder and these files."
+GIVE_RIGHTS = "Let the account that trains read and write the site's folder and every file in it named ledger..."
 
 
 def make(path: Path) -> None:
@@ -59,14 +59,18 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         version = _recognise(db, path)
         _make_durable(db, path)
         _migrate(db, version)
-        db.execute("BEGIN IMMEDIATE")
+        begin(db)
         yield db
 
 
-def commit(db: sqlite3.Connection) -> None:
-    """Wait until what was written is on disk, and begin the next transaction."""
-    db.execute("COMMIT")
+def begin(db: sqlite3.Connection) -> None:
+    """Begin a transaction that may write."""
     db.execute("BEGIN IMMEDIATE")
+
+
+def commit(db: sqlite3.Connection) -> None:
+    """Wait until what was written is on disk."""
+    db.execute("COMMIT")
 
 
 @contextmanager
@@ -108,6 +112,8 @@ def _named(path: Path, error: sqlite3.Error) -> LedgerError:
 
 def _connect(path: Path) -> sqlite3.Connection:
     """A connection that begins no transaction by itself and makes no file."""
+    if not os.access(path, os.R_OK | os.W_OK):  # SQLite would only read, and leave files behind that cannot be written
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     address = f"{path.absolute().as_uri()}?mode=rw"
     return sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)
 
@@ -142,12 +148,12 @@ def _migrate(db: sqlite3.Connection, version: int) -> None:
     """All missing versions or none."""
     if version == len(MIGRATIONS):
         return
-    db.execute("BEGIN IMMEDIATE")
+    begin(db)
     for statements in MIGRATIONS[version:]:
         for statement in statements:
             db.execute(statement)
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-    db.execute("COMMIT")
+    commit(db)
 
 
 def _number(db: sqlite3.Connection, pragma: str) -> int:

@@ -1,8 +1,7 @@
 """What a site allows: ``policy.toml`` in the site's folder, written by the site alone and read at every decision.
 
 **Guarantee.** Default deny: what the file does not allow is refused, and without a file that can be trusted nothing is
-allowed. A decision depends on this file, the site's settings, the study and what the site has spent; no message from
-the server can widen it.
+allowed. Decisions are made in ``client/decision.py``.
 
 | edge case | what happens |
 |---|---|
@@ -19,28 +18,20 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Context
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from client.settings import SiteSettings
-from common import study_signature
-from common.config import StudyConfig
-from common.errors import ConfigError, OverBudget, PolicyError, PrivacyError
+from common.errors import ConfigError, PolicyError
 from common.files import write_atomically
-from common.privacy.accounting import Budget, History, epsilon, num_steps
-from common.privacy.plan import check_delta, make_plan
+from common.privacy.accounting import Budget
 
 FILE_NAME = "policy.toml"
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Output = Literal["masked_updates", "plain_updates"]
-_NO_SUM = "Not asked: the study makes no secure sum."
-_OUTPUT_OF: dict[str, Output] = {"secure": "masked_updates", "plain": "plain_updates"}
 _ROSTER_LINE = re.compile(r"""^([ \t]*roster_digest[ \t]*=[ \t]*)("[^"\r\n]*"|'[^'\r\n]*')(?!["'])""", re.MULTILINE)
 
 
@@ -171,214 +162,6 @@ def set_roster_digest(site_folder: Path, digest: str) -> None:
         )
     target = path.resolve()  # of a link, what it leads to: the link stays
     write_atomically(target, text.encode(), mode=stat.S_IMODE(target.stat().st_mode))
-
-
-# ---------------------------------------------------------------- the decision
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule's answer to a study: ``why`` says what the policy says and what the study wants. For the site's eyes."""
-
-    name: str
-    allowed: bool
-    why: str
-
-
-def decide(
-    policy: Policy,
-    settings: SiteSettings,
-    study: StudyConfig,
-    signature: bytes,
-    histories: Sequence[History],
-    *,
-    spent_here: History = (),
-) -> tuple[Rule, ...]:
-    """What every rule of the policy says to a study: always all rules, in one order. All must allow it.
-
-    Args:
-        policy: the site's.
-        settings: the site's.
-        study: what is asked.
-        signature: on the study; empty for none.
-        histories: what the ledger holds for the site's patients, one for each group of them with the same lines;
-            those of this study included. None at all: the budget is not asked, because the charge will ask it.
-        spent_here: the part of them that is this study's. Its steps need not be paid for again.
-
-    Raises:
-        ConfigError: no noise gives what the study promises: nothing that a policy could decide.
-    """
-    data = _listed(policy, settings.data)
-    return (
-        _data_rule(policy, settings),
-        _study_rule(policy, study, signature),
-        _algorithm_rule(policy, study),
-        _outputs_rule(policy, study),
-        _cohort_rule(policy, study),
-        _roster_rule(policy, study),
-        _patients_rule(policy, settings, study),
-        _sampling_rule(policy, study),
-        _private_rule(data, study),
-        _delta_rule(data, settings, study),
-        _budget_rule(data, study, histories, spent_here),
-    )
-
-
-def check(
-    policy: Policy,
-    settings: SiteSettings,
-    study: StudyConfig,
-    signature: bytes,
-    histories: Sequence[History],
-    *,
-    spent_here: History = (),
-) -> None:
-    """Refuse a study that a rule of the policy refuses. Arguments as ``decide`` takes them.
-
-    Raises:
-        OverBudget: only the budget refuses.
-        PolicyError: other rules refuse; all of them are named.
-        ConfigError: no noise gives what the study promises.
-    """
-    rules = decide(policy, settings, study, signature, histories, spent_here=spent_here)
-    refused = [rule for rule in rules if not rule.allowed]
-    if not refused:
-        return
-    error = OverBudget if [rule.name for rule in refused] == ["budget"] else PolicyError
-    raise error(
-        f"This site's policy refuses the study: {' '.join(f'({rule.name}) {rule.why}' for rule in refused)}",
-        f"`synthward policy check` explains; only the site changes its {FILE_NAME}.",
-    )
-
-
-def _listed(policy: Policy, folder: Path) -> DataPolicy | None:
-    try:
-        return policy.data_of(folder)
-    except PolicyError:
-        return None
-
-
-def _data_rule(policy: Policy, settings: SiteSettings) -> Rule:
-    try:
-        policy.data_of(settings.data)
-    except PolicyError as error:
-        return Rule("data", False, error.message)
-    return Rule("data", True, f"The policy lists the folder {settings.data}.")
-
-
-def _study_rule(policy: Policy, study: StudyConfig, signature: bytes) -> Rule:
-    if study.digest in policy.study_digests:
-        return Rule("study", True, f"The policy lists the study's digest {study.digest}.")
-    for signer in policy.study_signers:
-        if study_signature.is_signed(bytes.fromhex(signer), study.digest, signature):
-            return Rule("study", True, f"The policy lists the key {signer}, which has signed the study.")
-    signed = "its signature is of no key that the policy lists" if signature else "it comes without a signature"
-    return Rule("study", False, f"The policy does not list the study's digest {study.digest}, and {signed}.")
-
-
-def _algorithm_rule(policy: Policy, study: StudyConfig) -> Rule:
-    wanted = study.federation.algorithm
-    why = f"The policy allows {_all(policy.algorithms)}; the study uses {wanted}."
-    return Rule("algorithm", wanted in policy.algorithms, why)
-
-
-def _outputs_rule(policy: Policy, study: StudyConfig) -> Rule:
-    wanted = _OUTPUT_OF[study.federation.aggregation]
-    why = f"The policy allows {_all(policy.outputs)} to leave; the study wants {wanted}."
-    return Rule("outputs", wanted in policy.outputs, why)
-
-
-def _cohort_rule(policy: Policy, study: StudyConfig) -> Rule:
-    if study.federation.aggregation != "secure":
-        return Rule("cohort", True, _NO_SUM)
-    sites, smallest = len(study.federation.contracted_patients), study.federation.minimum_sites
-    why = (
-        f"The policy asks for sums over {policy.minimum_cohort} sites or more; the study has {sites}, and would go on "
-        f"with {smallest}: this site refuses each sum over too few."
-    )
-    return Rule("cohort", sites >= policy.minimum_cohort, why)
-
-
-def _roster_rule(policy: Policy, study: StudyConfig) -> Rule:
-    if study.federation.aggregation != "secure":
-        return Rule("roster", True, _NO_SUM)
-    if not policy.roster_digest:
-        return Rule("roster", False, "The policy has pinned no roster; the study's secure sum needs one.")
-    return Rule("roster", True, f"The policy has pinned the roster {policy.roster_digest}.")
-
-
-def _patients_rule(policy: Policy, settings: SiteSettings, study: StudyConfig) -> Rule:
-    patients = study.federation.contracted_patients.get(settings.name)
-    if patients is None:
-        return Rule("patients", False, f"The study has no contracted number of patients for {settings.name}.")
-    why = f"The policy asks for {policy.minimum_patients} patients or more; the study contracts {patients} here."
-    return Rule("patients", patients >= policy.minimum_patients, why)
-
-
-def _sampling_rule(policy: Policy, study: StudyConfig) -> Rule:
-    wanted, largest = study.privacy.sampling_probability, policy.largest_sampling_probability
-    why = f"The policy allows a sampling probability of {largest:.6g} at most; the study wants {wanted:.6g}."
-    return Rule("sampling", wanted <= largest, why)
-
-
-def _private_rule(data: DataPolicy | None, study: StudyConfig) -> Rule:
-    if study.privacy.enabled:
-        return Rule("private", True, "The study trains with differential privacy.")
-    public = data is not None and data.public
-    says = "says" if public else "does not say"
-    why = f"The study trains without differential privacy; the policy {says} that the data are public."
-    return Rule("private", public, why)
-
-
-def _delta_rule(data: DataPolicy | None, settings: SiteSettings, study: StudyConfig) -> Rule:
-    if not study.privacy.enabled:
-        return Rule("delta", True, "Not asked: the study trains without differential privacy.")
-    patients = study.federation.contracted_patients.get(settings.name)
-    if patients is None or data is None:
-        return Rule("delta", False, "Cannot be told without a listed folder and a contracted number of patients.")
-    why = (
-        f"For {patients} patients delta may be {1 / (10 * patients):.6g} at most; "
-        f"the study has {study.privacy.delta:.6g}, the policy's budget {data.delta:.6g}."
-    )
-    try:
-        check_delta(max(study.privacy.delta, data.delta), patients)
-    except PrivacyError:
-        return Rule("delta", False, why)
-    return Rule("delta", True, why)
-
-
-def _budget_rule(
-    data: DataPolicy | None, study: StudyConfig, histories: Sequence[History], spent_here: History
-) -> Rule:
-    if data is None:
-        return Rule("budget", False, "The policy has no budget for this folder.")
-    if not study.privacy.enabled:
-        why = "Public data: nothing is spent." if data.public else "No budget covers training without privacy."
-        return Rule("budget", data.public, why)
-    allows = f"The policy allows epsilon {data.epsilon:.6g} at delta {data.delta:.6g} for any patient"
-    if not histories:
-        return Rule("budget", True, f"{allows}; every charge is measured by it.")
-    rest = _rest(study, spent_here)
-    spent = max(epsilon(history, data.delta) for history in histories)
-    total = max(epsilon((*history, *rest), data.delta) for history in histories)
-    why = f"{allows}; {_figure(spent)} is spent, and with the rest of the study it would be {_figure(total)}."
-    return Rule("budget", total <= data.epsilon, why)
-
-
-def _rest(study: StudyConfig, spent_here: History) -> History:
-    """What the study has planned and not yet charged here."""
-    plan = make_plan(study)
-    steps = plan.mechanism.steps - num_steps(spent_here) if plan else 0
-    return (replace(plan.mechanism, steps=steps),) if plan and steps > 0 else ()
-
-
-def _all(names: Sequence[str]) -> str:
-    return " and ".join(names) or "nothing"
-
-
-def _figure(value: float) -> str:
-    """Four digits, rounded up: no figure looks smaller than it is."""
-    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(value)):g}"
 
 
 # ---------------------------------------------------------------- the file

@@ -1,12 +1,12 @@
 """``synthward ledger``: what a site has spent, whether its ledger is whole, and whether another study would fit."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from client.accountant import open_ledger
 from client.data import cohort
 from client.data.inventory import list_patients
+from client.decision import rest_of
 from client.identity import load_identity
 from client.ledger import data_set_of, ledger_key
 from client.policy import Policy
@@ -87,9 +87,7 @@ def plan(folder: Path, study_file: Path, *, as_json: bool) -> None:
         raise ConfigError(f"{study_file} is not private: it has no plan.", "Set privacy.enabled = true.")
     policy = Policy.load(folder)
     budget = policy.budget_of(settings.data)
-    here = open_ledger(folder).history_of(study.digest)
-    left = planned.mechanism.steps - accounting.num_steps(here)
-    rest: History = (replace(planned.mechanism, steps=left),) if left > 0 else ()
+    rest = rest_of(study, open_ledger(folder).history_of(study.digest))
     before = after = 0.0
     fits = True
     for history in spent_histories(settings):

@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from client import ledger
 from client.accountant import open_ledger
+from client.decision import Rule, decide
 from client.identity import ROSTER_FILE
-from client.policy import FILE_NAME, Policy, Rule, decide
+from client.policy import FILE_NAME, Policy
 from client.settings import SiteSettings
 from common import study_signature
 from common.config import StudyConfig

@@ -80,8 +80,7 @@ class WarmStartRecord(Record):
 
 
 class RunRecord(Record):
-    """``run.json``. Times are UTC; ``finished`` is None while the run goes on. ``run`` is random: the sites' ledgers name
-    it.
+    """``run.json``. Times are UTC; ``finished`` is None while the run goes on. The sites' ledgers name ``run``: random.
 
     ``refused_sites`` has the code of each site that takes no part, by name; ``refused_nodes`` those of sites that
     refused before they gave a name.

@@ -72,9 +72,9 @@ def num_steps(history: Iterable[Mechanism]) -> int:
 def epsilon(history: History, delta: float) -> float:
     """Epsilon at ``delta`` of the composition of ``history``, by PRV: the figure to report. 0 for an empty history.
 
-    **Guarantee.** An upper bound, at most 1 % (and 1e-6) above the true epsilon, from 0 to millions. Exception: RDP's
-    looser figure where one step alone has a privacy loss above 700, as with a noise multiplier below 0.04, or
-    where steps reach a thousand million millions times delta.
+    **Guarantee.** An upper bound; for up to ten million steps, and up to 1e14 * delta of them, at most 1 % (and 1e-6)
+    above the true epsilon, be that 0 or a million. Exceptions, with RDP's looser figure: a single step that may have a
+    privacy loss above 700, as with a noise multiplier below 0.05, and more than 4e15 * delta steps.
     """
     return _prv_epsilon(_merged(history), delta) if history else 0.0
 

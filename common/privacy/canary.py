@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import progress
 from common.config import StudyConfig
 from common.errors import ConfigError
-from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
 from common.privacy.gradient import PatientOptimizer
 from common.privacy.plan import PrivacyPlan
@@ -48,7 +48,7 @@ WANTED_MU = 2.0
 MOST_CANARIES = 200
 NUM_OTHERS, NUM_FAKES = 4, 4
 IMAGE_SIZE, WIDTH, LATENT_SIZE = 28, 4, 4  # the smallest network of the family
-SCALES = (1.0, 1e2, 1e4, 1e6, 1e8)
+SCALES = (1.0, 1e2, 1e4, 1e6, 1e8, 3e38)  # the last overflows: such a patient must count as zero
 WEIGHT_FACTORS = (1.0, 10.0, 100.0, 1000.0)
 REACHED = 0.999
 """The search for a canary stops when one moves the sum by this share of ``clip_norm``."""
@@ -166,12 +166,10 @@ def audit(study: StudyConfig, plan: PrivacyPlan, *, trials: int = TRIALS, device
     for drawn in _subsets(NUM_OTHERS):
         sums[drawn] = step.sum_of(drawn, 0, noisy=False)
         moved = step.sum_of(drawn, num_canaries, noisy=False) - sums[drawn]
-        directions[drawn] = moved / max(float(moved.norm()), 1e-300)
-        thresholds[drawn] = float(moved.norm()) / 2
+        directions[drawn] = moved / max(_length(moved), 1e-300)
+        thresholds[drawn] = _length(moved) / 2
         alone = step.sum_of(drawn, 1, noisy=False) - sums[drawn]
-        movement = max(
-            movement, float(alone.norm()) / plan.clip_norm, float(moved.norm()) / num_canaries / plan.clip_norm
-        )
+        movement = max(movement, _length(alone) / plan.clip_norm, _length(moved) / num_canaries / plan.clip_norm)
 
     wrong, heads = {0: 0, num_canaries: 0}, 0
     for trial in range(trials):
@@ -188,7 +186,7 @@ def audit(study: StudyConfig, plan: PrivacyPlan, *, trials: int = TRIALS, device
         delta=plan.delta,
         trials=trials,
         num_canaries=num_canaries,
-        num_parameters=len(to_vector(step.trainer.discriminator)),
+        num_parameters=len(sums[()]),
         false_alarms=wrong[0],
         misses=wrong[num_canaries],
         coins=2 * trials * NUM_OTHERS,
@@ -256,6 +254,12 @@ def _smallest(study: StudyConfig) -> StudyConfig:
     )
 
 
+def _length(moved: Tensor) -> float:
+    """The norm; a sum that one patient made NaN or infinite has moved without bound."""
+    length = float(moved.norm())
+    return length if math.isfinite(length) else math.inf
+
+
 def _subsets(count: int) -> Iterator[Drawn]:
     """All that a draw of ``count`` patients can be, each ascending."""
     for taken in product((False, True), repeat=count):
@@ -293,15 +297,15 @@ class _Step:
             How much that is, without noise, in units of ``clip_norm``.
         """
         discriminator, everybody = self.trainer.discriminator, tuple(range(NUM_OTHERS))
-        start, most = to_vector(discriminator), 0.0
+        start, most = parameters_to_vector(discriminator.parameters()).detach().clone(), 0.0
         best = self.canary, start
         for factor in WEIGHT_FACTORS:
-            parameters = start * np.float32(factor)
-            load_vector(discriminator, parameters)
+            parameters = start * factor
+            vector_to_parameters(parameters, discriminator.parameters())
             nobody = self.sum_of(everybody, 0, noisy=False)
             for candidate in self._candidates():
                 self.canary = candidate
-                moved = float((self.sum_of(everybody, 1, noisy=False) - nobody).norm()) / self.clip_norm
+                moved = _length(self.sum_of(everybody, 1, noisy=False) - nobody) / self.clip_norm
                 if moved > most:
                     most, best = moved, (candidate, parameters)
             if most >= REACHED:
@@ -313,7 +317,7 @@ class _Step:
                 "Lower privacy.clip_norm.",
             )
         self.canary, parameters = best
-        load_vector(discriminator, parameters)
+        vector_to_parameters(parameters, discriminator.parameters())
         return most
 
     def _candidates(self) -> Iterator["_Patient"]:

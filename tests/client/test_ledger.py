@@ -1020,11 +1020,12 @@ def test_a_full_disk_is_named_and_at_most_over_counts(
 def fill_a_small_disk(folder: str, report: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     user, mounts, private, recursive = 0x10000000, 0x00020000, 1 << 18, 1 << 14
-    uid = os.getuid()
+    uid, gid = os.getuid(), os.getgid()
     if libc.unshare(mounts if uid == 0 else user | mounts):
         return append_to(report, "unavailable")
     if uid:
-        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+            Path("/proc/self", name).write_text(text)
     libc.mount(b"none", b"/", None, recursive | private, None)
     if libc.mount(b"small", os.fsencode(folder), b"tmpfs", 0, b"size=256k"):
         return append_to(report, "unavailable")
@@ -1095,7 +1096,7 @@ def test_files_without_rights_are_named(
         for each in (FILE_NAME, HEAD_FILE, ledger.LOCK_FILE):
             (folder / each).chmod(0o600)
         assert f"{cause} cannot be read and written" in report.read_text()
-        assert "Give the account that trains the right" in report.read_text()
+        assert "Let the account that trains read and write" in report.read_text()
         assert held.lines() == lines
 
 

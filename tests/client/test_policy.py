@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from client.policy import FILE_NAME, DataPolicy, Policy, Rule, check, decide, set_roster_digest
+from client.decision import Rule, check, decide
+from client.policy import FILE_NAME, DataPolicy, Policy, set_roster_digest
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.errors import ConfigError, OverBudget, PolicyError

@@ -94,8 +94,7 @@ def test_the_bound_falls_with_every_error(trials: int, data: st.DataObject) -> N
         assert found <= max(0.0, -float(ndtri(false_alarms / trials)) - float(ndtri(misses / trials)))
 
 
-@pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0, 30.0, 500.0])
-@pytest.mark.parametrize("delta", [1e-8, 1e-3])
+@pytest.mark.parametrize(("noise_multiplier", "delta"), [(0.3, 1e-5), (1.0, 1e-8), (30.0, 1e-5), (500.0, 1e-3)])
 def test_the_exact_epsilon_equals_dp_accountings(noise_multiplier: float, delta: float) -> None:
     accountant = PLDAccountant()
     accountant.compose(GaussianDpEvent(noise_multiplier))
@@ -124,8 +123,7 @@ def test_a_right_step_is_not_refuted_and_the_bound_is_near(noise_multiplier: flo
 
 
 @pytest.mark.parametrize("loss", ["non_saturating", "hinge", "least_squares"])
-@pytest.mark.parametrize("normalization", ["none", "group"])
-@pytest.mark.parametrize("clip_norm", [1e-3, 50.0])
+@pytest.mark.parametrize(("normalization", "clip_norm"), [("none", 50.0), ("group", 1e-3), ("group", 50.0)])
 def test_a_canary_is_found_for_every_loss_network_and_clip_norm(
     loss: str, normalization: str, clip_norm: float
 ) -> None:
@@ -237,19 +235,42 @@ def test_no_clipping_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.refuted == ("noise", "sensitivity")
 
 
+def every_image_a_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_averaged(network: nn.Module, owner: Tensor, num_owners: int) -> int:
+        return gradient.average_over_owners(network, torch.arange(len(owner)), len(owner))
+
+    monkeypatch.setattr("common.gan.training.average_over_owners", not_averaged)
+
+
 @pytest.mark.parametrize("noise_multiplier", [0.5, 30.0])
 def test_images_of_a_patient_that_are_not_averaged_are_refuted(
     noise_multiplier: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.gan.training.average_over_owners", lambda network, owner, num_owners: 0)
+    every_image_a_patient(monkeypatch)
     found = audit(labelled(), plan_of(noise_multiplier), trials=2)
     assert found.refuted == ("sensitivity",)
     assert found.movement == pytest.approx(2, abs=1e-3)  # the canary counts once an image
 
 
 def test_a_patient_who_counts_twice_shows_in_the_noise_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.gan.training.average_over_owners", lambda network, owner, num_owners: 0)
+    every_image_a_patient(monkeypatch)
     assert audit(labelled(), plan_of(1.5), trials=4 * FEW).refuted == ("noise", "sensitivity")
+
+
+def test_a_patient_who_makes_the_sum_nan_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averaged, but what is not finite is not set to zero."""
+
+    def averaging(network: nn.Module, owner: Tensor, num_owners: int) -> int:
+        parameters: list[Any] = list(network.parameters())
+        for parameter in parameters:
+            sums = torch.zeros((num_owners, *parameter.shape)).index_add_(0, owner, parameter.grad_sample)
+            parameter.grad_sample = sums / torch.bincount(owner).view(-1, *[1] * parameter.ndim)
+        return 0
+
+    monkeypatch.setattr("common.gan.training.average_over_owners", averaging)
+    found = audit(labelled(), plan_of(1.5), trials=2)
+    assert found.refuted == ("sensitivity",)
+    assert found.movement == np.inf
 
 
 class Spread(nn.Module):

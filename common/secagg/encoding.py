@@ -100,13 +100,13 @@ def encode(values: Floats, encoding: Encoding, begin: int, coins: Words, out: Wo
     Raises:
         ValueError: a value is not finite.
     """
-    # A float64 whose last bit counts 2^-20 of a step: with it added, a coordinate's low bits are those of an integer.
+    # A float64 above them all whose last bit counts 2^-20 of a step: with it added, coordinates are integers below it.
     anchor = np.float64(1.5 * 2.0 ** (52 - _COIN_BITS - encoding.fraction_bits))
     above = int(anchor.view(np.uint64)) >> _COIN_BITS  # what it leaves in front of each integer
     shifts = [encoding.modulus_bits * lane for lane in range(encoding.lanes)]
     out[:] = -sum(above << shift for shift in shifts) % 2**64
     integers, rounding = scratch[:, : len(out)]
-    floats, signed = integers.view(np.float64), integers.view(np.int64)
+    floats = integers.view(np.float64)
     clipped, stride = 0, encoding.num_words(len(values))
     for lane, shift in enumerate(shifts):
         first = lane * stride + begin
@@ -117,7 +117,7 @@ def encode(values: Floats, encoding: Encoding, begin: int, coins: Words, out: Wo
         np.right_shift(coins[lane // 3], _COIN_BITS * (lane % 3), out=rounding)
         rounding &= 2**_COIN_BITS - 1
         integers += rounding
-        signed >>= _COIN_BITS  # rounds down: up with the probability of the fraction
+        integers >>= _COIN_BITS  # rounds down: up with the probability of the fraction
         integers <<= shift
         out += integers
     return clipped

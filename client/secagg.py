@@ -167,12 +167,12 @@ class SiteRound:
         all_masks = [(keys.self_mask_key(self.self_mask, self._transcript, site), True)]
         all_masks += [(key, site < other) for other, key in self.pairwise.items()]  # what one adds, the other subtracts
         try:
-            packed, clipped = masks.masked(vector, encoding, all_masks, secrets.token_bytes(32))
+            words, clipped = masks.masked(vector, encoding, all_masks, secrets.token_bytes(32))
         except ValueError:
             raise SiteError("The update is not finite.", "Lower the learning rates of the study.") from None
         self.self_mask, self.pairwise = b"", {}
         message = MaskedInput(
-            self.attempt.study_digest, self.attempt.number, number, len(vector), encoding.modulus_bits, packed
+            self.attempt.study_digest, self.attempt.number, number, len(vector), encoding.modulus_bits, words
         )
         return message, clipped
 

@@ -90,7 +90,7 @@ def masked_input(
     try:
         with at.file.stage(request.attempt) as attempt:
             updates.note_left(at.folder, update.id)
-            message, clipped = attempt.masked_input(update.vector, at.study.secure_aggregation.encoding, update.round)
+            message, clipped = attempt.masked_input(update.vector, at.study.encoding, update.round)
     except (FederationError, OSError) as error:  # a code of its own: others tell the server that nothing was spent
         raise ProtocolError(f"The update was made and not sent: {error}") from error
     # Site's own log: how many coordinates were clipped derives from patients.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.errors import ConfigError
-from common.secagg.encoding import Encoding, check_capacity
+from common.secagg.encoding import MODULUS_BITS, Encoding, check_capacity, fewest_bits
 
 # Labels and names pass through Flower's run config as "a,b" and "name=count,...": no such signs, no spaces at the ends.
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=\s]([^,=]*[^,=\s])?$")]
@@ -137,13 +137,15 @@ class SecureAggregationConfig(Part):
 
     value_range: float = Field(1.0, ge=1e-6, le=1e6)
     fraction_bits: int = Field(15, ge=1, le=30)
-    modulus_bits: Literal[16, 24, 32] = 24
+    modulus_bits: Literal[0, 16, 21, 32] = 0  # 0: the fewest that hold the sites
     stage_timeout_seconds: float = Field(120, gt=0)
 
-    @property
-    def encoding(self) -> Encoding:
-        """The three numbers as the protocol takes them."""
-        return Encoding(self.value_range, self.fraction_bits, self.modulus_bits)
+    def encoding_for(self, num_sites: int) -> Encoding:
+        """The encoding for a sum of this many sites. Raises ValueError, with the number to change, if it could wrap."""
+        fewest = fewest_bits(self.value_range, self.fraction_bits, num_sites) or MODULUS_BITS[-1]
+        encoding = Encoding(self.value_range, self.fraction_bits, self.modulus_bits or fewest)
+        check_capacity(encoding, num_sites)
+        return encoding
 
 
 class PerformanceConfig(Part):
@@ -183,9 +185,14 @@ class StudyConfig(Part):
                 "federation.minimum_sites must be at least 2 with secure aggregation: "
                 "the sum over one site is its update"
             )
-        num_sites = max(len(self.federation.contracted_patients), self.federation.minimum_sites)
-        check_capacity(self.secure_aggregation.encoding, num_sites)
+        _ = self.encoding
         return self
+
+    @property
+    def encoding(self) -> Encoding:
+        """The encoding of a secure sum of all sites of the study."""
+        num_sites = max(len(self.federation.contracted_patients), self.federation.minimum_sites)
+        return self.secure_aggregation.encoding_for(num_sites)
 
     @property
     def total_steps(self) -> int:

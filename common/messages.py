@@ -149,7 +149,7 @@ class MaskedInputRequest:
 
 @dataclass(frozen=True)
 class MaskedInput:
-    """Site to server: the weighted update, encoded, masked and packed. Uniformly random to whoever lacks the masks.
+    """Site to server: the weighted update, encoded and masked. Uniformly random to whoever lacks the masks.
 
     Args:
         study_digest: the study.
@@ -157,7 +157,7 @@ class MaskedInput:
         round: the round trained for.
         length: coordinates.
         modulus_bits: bits of each.
-        packed: (length * modulus_bits / 8,) uint8.
+        words: (num_words,) uint64, several coordinates each (``common/secagg/encoding.py``).
     """
 
     study_digest: str
@@ -165,7 +165,7 @@ class MaskedInput:
     round: int
     length: int
     modulus_bits: int
-    packed: NDArray[np.uint8]
+    words: NDArray[np.uint64]
 
 
 @dataclass(frozen=True)

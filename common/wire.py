@@ -4,11 +4,13 @@ A record with a key that its kind of message does not have is refused, as is one
 adds to a message is ever silently read past.
 """
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 from common.errors import BadPeer
@@ -115,7 +117,7 @@ def pack(message: Request | Reply) -> RecordDict:
                 "length": message.length,
                 "modulus_bits": message.modulus_bits,
             }
-            return _record("masked_input", facts, {"packed": message.packed})
+            return _record("masked_input", facts, {"words": message.words})
         case ConfirmSurvivorsRequest():
             facts = {
                 "study_digest": message.study_digest,
@@ -202,8 +204,15 @@ class _Facts:
         return Budget(*numbers) if numbers else None
 
     def vector(self, name: str, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
-        vector = self._vectors.pop(name).numpy()
-        if vector.ndim != 1 or vector.dtype != dtype:
+        """A vector, read-only: it lies in the message, where ``Array.numpy`` would copy it twice."""
+        array = self._vectors.pop(name)
+        if array.stype != SType.NUMPY:
+            raise ValueError("expected an array of numpy's")
+        file = io.BytesIO(array.data)  # shares the bytes
+        version = np.lib.format.read_magic(file)
+        shape, _, found = np.lib.format.read_array_header_1_0(file)
+        vector = np.frombuffer(array.data, dtype, offset=file.tell())
+        if version != (1, 0) or found != dtype or shape != vector.shape:
             raise ValueError(f"expected a flat {dtype.__name__} vector")
         return vector
 
@@ -269,7 +278,7 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
                 facts.number("round"),
                 facts.number("length"),
                 facts.number("modulus_bits"),
-                facts.vector("packed", np.uint8),
+                facts.vector("words", np.uint64),
             )
         case "confirm_survivors_request":
             survivors = tuple(facts.many("survivors", _text))
@@ -291,12 +300,20 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
 
 
 def _record(
-    kind: str, facts: dict[str, Any], vectors: Mapping[str, Vector | NDArray[np.uint8]] | None = None
+    kind: str, facts: dict[str, Any], vectors: Mapping[str, Vector | NDArray[np.uint64]] | None = None
 ) -> RecordDict:
     record = RecordDict({_FACTS: ConfigRecord({"version": PROTOCOL_VERSION, "kind": kind, **facts})})
     if vectors is not None:
-        record[_VECTORS] = ArrayRecord({name: Array(vector) for name, vector in vectors.items()})
+        record[_VECTORS] = ArrayRecord({name: _array(vector) for name, vector in vectors.items()})
     return record
+
+
+def _array(vector: NDArray[Any]) -> Array:
+    """The same as ``Array(vector)``, which would copy the vector three times."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(vector))
+    content = b"".join((header.getvalue(), np.ascontiguousarray(vector).data))
+    return Array(str(vector.dtype), vector.shape, SType.NUMPY, content)
 
 
 def _train_request(facts: _Facts) -> TrainRequest:

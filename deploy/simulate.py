@@ -17,7 +17,6 @@ from common import progress
 from common.config import StudyConfig
 from common.errors import INTERNAL, ConfigError, FederationError, SiteError
 from common.files import write_atomically
-from common.secagg.encoding import check_capacity
 from deploy.local_grid import LocalGrid, UserConfig
 from deploy.progress_bars import ProgressBars
 
@@ -137,7 +136,7 @@ def check_number(study: StudyConfig, num_sites: int) -> None:
         )
     if study.federation.aggregation == "secure":
         try:
-            check_capacity(study.secure_aggregation.encoding, num_sites)
+            study.secure_aggregation.encoding_for(num_sites)
         except ValueError as error:
             raise ConfigError(f"secure_aggregation: {error}.", "Correct the study.") from None
 

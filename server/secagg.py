@@ -71,7 +71,7 @@ class SecureSum:
         self._agreed = keys.make_transcript(plan.attempt, plan.roster_digest, cohort.values())
         self._dealt: dict[str, SealedShares] = {}  # by sharer
         self._state = ""  # digest of the request to train
-        self._total = np.zeros(plan.length, np.uint32)
+        self._total = np.zeros(plan.encoding.num_words(plan.length), np.uint64)
         self._summed: set[str] = set()  # whose masked input is in the total
         self._confirmed: dict[str, bytes] = {}  # by site, its signature
         self._opened: dict[str, UnmaskShares] = {}  # by holder
@@ -134,11 +134,11 @@ class SecureSum:
             ("round", plan.round, reply.round),
             ("length", plan.length, reply.length),
             ("modulus_bits", plan.encoding.modulus_bits, reply.modulus_bits),
-            ("number of bytes", plan.length * plan.encoding.bytes_each, len(reply.packed)),
+            ("number of words", len(self._total), len(reply.words)),
         ):
             if expected != found:
                 raise BadPeer(f"Expected {name} {expected} in the masked input of {site}, found {found}.")
-        masks.add_packed(self._total, reply.packed, plan.encoding)
+        self._total += reply.words
         self._summed.add(site)
 
     # ------------------------------------------------------------ confirm_survivors
@@ -204,7 +204,7 @@ class SecureSum:
                 key = keys.pairwise_key(private, self.cohort[other].mask_key, self._agreed, self._state, name, other)
                 removed.append((key, not other < name))
         masks.apply(self._total, removed)
-        return decode(self._total, self.plan.encoding)
+        return decode(self._total, self.plan.encoding, self.plan.length)
 
     def _rebuild(self, kind: str, owner: str) -> bytes:
         """A survivor's self mask or a dropped site's private mask key."""

@@ -179,7 +179,7 @@ class SecureRounds:
             Attempt(self._study.digest, number),
             state.round + 1,
             len(state.generator) + len(state.discriminator),
-            self._study.secure_aggregation.encoding,
+            self._study.encoding,
             self._study.federation.minimum_sites,
             self._roster_digest,
             self._identities,

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from client.identity import Member
 from client.secagg import SiteRound
 from common.messages import TrainRequest
-from common.secagg.encoding import Encoding
+from common.secagg.encoding import Encoding, Words, encode
 from common.secagg.keys import AdvertisedKeys, Attempt
 from common.secagg.roster import make_roster
 from server.secagg import SecureSum, SumPlan, check_keys
 
 STUDY = "5d" * 32
-ENCODING = Encoding(value_range=1.0, fraction_bits=15, modulus_bits=24)
+ENCODING = Encoding(value_range=1.0, fraction_bits=15, modulus_bits=21)
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -111,3 +111,22 @@ def vectors_of(names: Sequence[str], length: int, seed: int = 0, scale: float = 
     """A random vector a site, within the value range of 1."""
     random = np.random.default_rng(seed)
     return {name: (scale * random.uniform(-1, 1, length)).astype(np.float32) for name in names}
+
+
+def encoded(vector: NDArray[np.float32], encoding: Encoding, coins: int | Words = 0) -> Words:
+    """A vector's words without any mask. Coins of zeros round down, those of ones up."""
+    words = np.empty(encoding.num_words(len(vector)), np.uint64)
+    if isinstance(coins, int):
+        coins = np.full((encoding.coin_words, len(words)), coins, np.uint64)
+    encode(vector, encoding, 0, coins, words, np.empty((2, len(words)), np.uint64))
+    return words
+
+
+def lanes_of(words: Words, encoding: Encoding, length: int) -> NDArray[np.int64]:
+    """The integers in the lanes of words, by coordinate: the lowest lane's with its sign, then what is left of it."""
+    rest, unused, found = words.view(np.int64).copy(), 64 - encoding.modulus_bits, []
+    for _ in range(encoding.lanes):
+        lowest = (rest << unused) >> unused
+        found.append(lowest)
+        rest = (rest - lowest) >> encoding.modulus_bits
+    return np.concatenate(found)[:length]

@@ -42,7 +42,7 @@ texts = st.text(max_size=100)
 counts = st.integers(0, 2**40)
 few_bytes = st.binary(max_size=200)
 named_bytes = st.dictionaries(site_names, few_bytes, max_size=5)
-packed = arrays.arrays(np.uint8, st.integers(0, 60))
+words = arrays.arrays(np.uint64, st.integers(0, 20))
 advertised = st.builds(AdvertisedKeys, texts, few_bytes, few_bytes, few_bytes)
 train_requests = st.builds(TrainRequest, texts, counts, vectors, vectors)
 requests: st.SearchStrategy[Request] = st.one_of(
@@ -59,7 +59,7 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(LocalUpdate, counts, vectors),
     advertised,
     st.builds(SealedShares, counts, named_bytes, named_bytes, named_bytes, few_bytes),
-    st.builds(MaskedInput, texts, counts, counts, counts, counts, packed),
+    st.builds(MaskedInput, texts, counts, counts, counts, counts, words),
     st.builds(Confirmation, counts, few_bytes),
     st.builds(UnmaskShares, counts, named_bytes, named_bytes, st.none() | advertised),
     st.builds(Refusal, texts),
@@ -69,13 +69,15 @@ replies: st.SearchStrategy[Reply] = st.one_of(
 @st.composite
 def secure_aggregations(draw: st.DrawFn) -> dict[str, float | int]:
     """Encodings that hold three sites, and how long a stage may take."""
-    numbers = {
-        "value_range": draw(st.floats(1e-6, 1e6)),
-        "fraction_bits": draw(st.integers(1, 30)),
-        "modulus_bits": draw(st.sampled_from(MODULUS_BITS)),
+    value_range, fraction_bits = draw(st.floats(1e-6, 1e6)), draw(st.integers(1, 30))
+    modulus_bits = draw(st.sampled_from((0, *MODULUS_BITS)))
+    assume(Encoding(value_range, fraction_bits, modulus_bits or 32).most_sites >= 3)
+    return {
+        "value_range": value_range,
+        "fraction_bits": fraction_bits,
+        "modulus_bits": modulus_bits,
+        "stage_timeout_seconds": draw(st.floats(0.1, 1e4)),
     }
-    assume(Encoding(**numbers).most_sites >= 3)
-    return {**numbers, "stage_timeout_seconds": draw(st.floats(0.1, 1e4))}
 
 
 @st.composite

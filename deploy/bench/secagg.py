@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -210,11 +210,11 @@ def our_sum(case: Case, tracing: bool = False, folder: Path | None = None) -> Co
         folder: where every site keeps its round file; None for sites that keep the attempt in memory.
     """
     names = [f"site-{number:04d}" for number in range(case.sites)]
-    study = _study(names)
+    study = StudyConfig(name="bench").with_changes("federation", contracted_patients=dict.fromkeys(names, 100))
     identities = {name: Ed25519PrivateKey.generate() for name in names}
     roster = make_roster({name: key.public_key().public_bytes_raw() for name, key in identities.items()})
     members = [Member(name, identity, roster, MINIMUM_SITES) for name, identity in identities.items()]
-    attempt, encoding = Attempt(study.digest, 1), study.secure_aggregation.encoding
+    attempt, encoding = Attempt(study.digest, 1), study.encoding
     plan = SumPlan(attempt, 1, case.dim, encoding, MINIMUM_SITES, roster.digest, roster.sites)
     sites: dict[str, _InMemory | _OnDisk] = {
         member.site: _OnDisk(study, member, folder) if folder else _InMemory(member, plan) for member in members
@@ -261,16 +261,6 @@ def _one_exchange(
     del vector, reply
     meter.up[number] += wire_bytes(answer)
     meter.serve(lambda: take(wire.unpack(answer)))
-
-
-def _study(names: Sequence[str]) -> StudyConfig:
-    """The encoding as a study has it, with fewer fraction bits only where the sum of so many sites would not fit."""
-    study = StudyConfig(name="bench")
-    encoding = study.secure_aggregation.encoding
-    while len(names) > encoding.most_sites:
-        encoding = replace(encoding, fraction_bits=encoding.fraction_bits - 1)
-    study = study.with_changes("secure_aggregation", fraction_bits=encoding.fraction_bits)
-    return study.with_changes("federation", contracted_patients=dict.fromkeys(names, 100))
 
 
 class _InMemory:

@@ -34,7 +34,7 @@ from common.messages import (
     UnmaskShares,
 )
 from common.secagg import keys, masks, neighbours, shares
-from common.secagg.encoding import Encoding, Words, decode, encode, pack
+from common.secagg.encoding import Encoding, Words, decode
 from common.secagg.keys import AdvertisedKeys, Attempt, Transcript
 from tests.client.secure_sites import ask, copy_of, secure_site
 from tests.client.sites import request_of
@@ -151,7 +151,7 @@ class Folders:
     def __init__(self, folders: Mapping[str, Path], study: StudyConfig, scratch: Path) -> None:
         self.study, self.folders, self._scratch = study, dict(folders), scratch
         self.study_digest, self.names = study.digest, tuple(folders)
-        self.encoding, self.train = study.secure_aggregation.encoding, request_of(study)
+        self.encoding, self.train = study.encoding, request_of(study)
         self._snapshots = 0
 
     def ask(self, name: str, request: Request) -> Reply:
@@ -313,9 +313,8 @@ class Attacker:
         return secret if right else None
 
     def remainder(self, victim: str) -> Words:
-        """The victim's masked vector without every mask that can be computed: (dim,) words below the modulus."""
-        total = np.zeros(self.masked[victim].length, np.uint32)
-        masks.add_packed(total, self.masked[victim].packed, self.sites.encoding)
+        """The victim's masked vector without every mask that can be computed: (num_words,) words."""
+        total = self.masked[victim].words.copy()
         removed = []
         seed = self.secret_of("self_mask", victim)
         if seed:
@@ -329,11 +328,11 @@ class Attacker:
                     removed.append((key, not victim < other))
                     break
         masks.apply(total, removed)
-        return total & np.uint32((1 << self.sites.encoding.modulus_bits) - 1)
+        return total
 
     def finds(self, victim: str) -> bool:
         """Whether the victim's vector lies open, to the last rounding."""
-        found = decode(self.remainder(victim), self.sites.encoding)
+        found = decode(self.remainder(victim), self.sites.encoding, self.masked[victim].length)
         return bool(np.abs(found - self.sites.vector(victim)).max() < 2.0**-self.sites.encoding.fraction_bits)
 
     def assert_nothing_is_left(self, victim: str) -> None:
@@ -351,7 +350,7 @@ class Attacker:
         kinds = [len(self.shares_of(kind, victim)) for kind in ("self_mask", "mask_key")]
         assert min(kinds) < threshold, kinds
         rest = self.remainder(victim)
-        assert uniformity(rest, self.sites.encoding) > TOO_UNEVEN
+        assert uniformity(rest) > TOO_UNEVEN
         assert not self.finds(victim)
 
     def _read(self, name: str) -> None:
@@ -366,18 +365,9 @@ class Attacker:
 TOO_UNEVEN = 1e-9  # masks come from the system's source, so the tests' own failures must be this rare
 
 
-def uniformity(words: Words, encoding: Encoding) -> float:
-    """The chance that uniform words are as uneven as these: chi-square over the values of their bytes."""
-    packed = np.empty(len(words) * encoding.bytes_each, np.uint8)
-    pack(words, encoding, packed)
-    return float(chisquare(np.bincount(packed, minlength=256)).pvalue)
-
-
-def encoded(vector: Floats, encoding: Encoding) -> Words:
-    """A vector without any mask, as words below the modulus: what uniformity must tell from a masked one."""
-    words = np.empty(len(vector), np.uint32)
-    encode(vector, encoding, np.zeros(len(vector), np.uint32), words)
-    return words & np.uint32((1 << encoding.modulus_bits) - 1)
+def uniformity(words: Words) -> float:
+    """The chance that uniform words are as uneven as these: chi-square over the values of all their bytes."""
+    return float(chisquare(np.bincount(words.view(np.uint8), minlength=256)).pvalue)
 
 
 def forged(

@@ -37,6 +37,6 @@ def test_masks_of_sites_that_were_shown_different_states_do_not_cancel() -> None
     assert np.abs(opened_when_the_others_are_shown(same) - UPDATE).max() < len(NAMES) * 2.0**-15  # a sum, as it should
 
     read = opened_when_the_others_are_shown(np.full(1, 50, np.float32))
-    words = np.round(read.astype(np.float64) * 2**15).astype(np.int64) & 0xFFFFFF
-    assert chisquare(np.bincount(words >> 16, minlength=256)).pvalue > 1e-9
+    words = np.round(read.astype(np.float64) * 2**15).astype(np.int64) & 0x1FFFFF
+    assert chisquare(np.bincount(words >> 13, minlength=256)).pvalue > 1e-9
     assert abs(np.corrcoef(read, UPDATE)[0, 1]) < 6 / np.sqrt(LENGTH)

@@ -77,7 +77,7 @@ class Pair:
 
     def share(self, number: int) -> dict[str, MaskedInputRequest]:
         roster = self.at("north").member.roster
-        encoding = self.study.secure_aggregation.encoding
+        encoding = self.study.encoding
         plan = SumPlan(
             Attempt(self.study.digest, number), self.train.round, self.length, encoding, 2, roster.digest, roster.sites
         )
@@ -272,7 +272,7 @@ def test_how_much_was_clipped_stays_in_the_sites_own_log(pair: Pair) -> None:
             pair.at("north"), requests["north"], lambda request: MadeUpdate(1, large, "large")
         )
     assert f"1234 of {pair.length} coordinates clipped" in (folder / "site.log").read_text()
-    assert set(vars(message)) == {"study_digest", "attempt", "round", "length", "modulus_bits", "packed"}
+    assert set(vars(message)) == {"study_digest", "attempt", "round", "length", "modulus_bits", "words"}
 
 
 # ---------------------------------------------------------------- which update leaves when

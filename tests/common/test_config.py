@@ -136,6 +136,7 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
         {"secure_aggregation": {"fraction_bits": 0}},
         {"secure_aggregation": {"fraction_bits": 31}},
         {"secure_aggregation": {"modulus_bits": 20}},
+        {"secure_aggregation": {"modulus_bits": 24}},
         {"secure_aggregation": {"modulus_bits": 64}},
         {"secure_aggregation": {"stage_timeout_seconds": 0}},
         {"image": {"channels": 3}},
@@ -306,7 +307,7 @@ def test_a_study_that_says_nothing_sums_securely() -> None:
     study = study_of()
     assert study.federation.aggregation == "secure"
     assert study.federation.minimum_sites == 2
-    assert study.secure_aggregation.encoding == Encoding(value_range=1.0, fraction_bits=15, modulus_bits=24)
+    assert study.encoding == Encoding(value_range=1.0, fraction_bits=15, modulus_bits=21)
 
 
 def test_a_secure_sum_needs_two_sites() -> None:
@@ -320,15 +321,28 @@ def test_a_secure_sum_needs_two_sites() -> None:
 @pytest.mark.parametrize(
     ("table", "sites", "change"),
     [
-        # 2^23 - 1 over 2^15 leaves room for 255 sites of range 1 and for 31 of range 8; over 2^22, for one.
-        ({}, 256, "modulus_bits=24 cannot hold 256 sites at value_range=1, fraction_bits=15; use 32"),
-        ({"value_range": 8.0}, 32, "modulus_bits=24 cannot hold 32 sites at value_range=8, fraction_bits=15; use 32"),
-        ({"fraction_bits": 22}, 2, "modulus_bits=24 cannot hold 2 sites at value_range=1, fraction_bits=22; use 32"),
+        # 2^20 - 1 over 2^15 leaves room for 31 sites of range 1 and for 3 of range 8; over 2^19, for one.
+        ({"modulus_bits": 21}, 32, "modulus_bits=21 cannot hold 32 sites at value_range=1, fraction_bits=15; use 32"),
+        (
+            {"modulus_bits": 21, "value_range": 8.0},
+            4,
+            "modulus_bits=21 cannot hold 4 sites at value_range=8, fraction_bits=15; use 32",
+        ),
+        (
+            {"modulus_bits": 21, "fraction_bits": 19},
+            2,
+            "modulus_bits=21 cannot hold 2 sites at value_range=1, fraction_bits=19; use 32",
+        ),
         ({"modulus_bits": 16, "fraction_bits": 10}, 32, "modulus_bits=16 cannot hold 32 sites"),
         (
             {"modulus_bits": 32, "fraction_bits": 30},
             2,
             "cannot hold 2 sites at value_range=1, fraction_bits=30; lower fraction_bits or value_range",
+        ),
+        (
+            {"fraction_bits": 30},
+            2,
+            "modulus_bits=32 cannot hold 2 sites at value_range=1, fraction_bits=30; lower fraction_bits",
         ),
     ],
 )
@@ -344,13 +358,45 @@ def test_a_sum_that_could_wrap_is_refused_with_the_number_to_change(
 
 
 def test_the_largest_cohort_that_cannot_wrap_is_allowed() -> None:
-    contract = {f"site-{number}": 40 for number in range(255)}
-    assert study_of(federation={"contracted_patients": contract}).secure_aggregation.encoding.most_sites == 255
+    contract = {f"site-{number}": 40 for number in range(31)}
+    study = study_of(federation={"contracted_patients": contract}, secure_aggregation={"modulus_bits": 21})
+    assert study.encoding.most_sites == 31
+
+
+@pytest.mark.parametrize(
+    ("table", "sites", "bits"),
+    [
+        # 2^15 - 1 over 2^10 leaves room for 31 sites in 16 bits, as 2^20 - 1 over 2^15 in 21.
+        ({"fraction_bits": 10}, 31, 16),
+        ({"fraction_bits": 10}, 32, 21),
+        ({}, 2, 21),
+        ({}, 31, 21),
+        ({}, 32, 32),
+        ({}, 10_000, 32),
+        ({"modulus_bits": 32}, 2, 32),
+        ({"modulus_bits": 21, "fraction_bits": 10}, 2, 21),
+    ],
+)
+def test_the_modulus_has_the_fewest_bits_that_hold_the_sites_unless_it_is_given(
+    table: dict[str, int], sites: int, bits: int
+) -> None:
+    contract = {f"site-{number}": 40 for number in range(sites)}
+    study = study_of(federation={"contracted_patients": contract}, secure_aggregation=table)
+    assert study.encoding.modulus_bits == bits
+    assert StudyConfig.from_run_config(study.to_run_config()).encoding == study.encoding
+
+
+def test_a_modulus_that_was_not_given_grows_with_the_contract() -> None:
+    study = study_of()
+    assert study.encoding.modulus_bits == 21
+    contract = {f"site-{number}": 40 for number in range(200)}
+    assert study.with_changes("federation", contracted_patients=contract).encoding.modulus_bits == 32
 
 
 def test_sites_that_have_no_contract_yet_count_by_their_minimum() -> None:
     with pytest.raises(ValidationError, match="cannot hold 300 sites"):
-        study_of(federation={"minimum_sites": 300})
+        study_of(federation={"minimum_sites": 300}, secure_aggregation={"modulus_bits": 21})
+    assert study_of(federation={"minimum_sites": 300}).encoding.modulus_bits == 32
 
 
 def test_weights_by_hand() -> None:

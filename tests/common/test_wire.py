@@ -75,7 +75,7 @@ EACH: dict[str, Request | Reply] = {
     "share_keys_request": ShareKeysRequest("d", 1, (KEYS, OTHER_KEYS)),
     "sealed_shares": SealedShares(1, NAMED, NAMED, NAMED, b"3"),
     "masked_input_request": MaskedInputRequest(1, ("north", "south"), NAMED, TRAIN),
-    "masked_input": MaskedInput("d", 1, 1, 3, 24, np.arange(9, dtype=np.uint8)),
+    "masked_input": MaskedInput("d", 1, 1, 7, 21, np.arange(3, dtype=np.uint64)),
     "confirm_survivors_request": ConfirmSurvivorsRequest("d", 1, ("north", "south")),
     "confirmation": Confirmation(1, b"s"),
     "unmask_request": UnmaskRequest("d", 1, NAMED),
@@ -124,11 +124,11 @@ def test_a_masked_update_carries_nothing_that_is_not_masked() -> None:
         "study_digest": "d",
         "attempt": 1,
         "round": 1,
-        "length": 3,
-        "modulus_bits": 24,
+        "length": 7,
+        "modulus_bits": 21,
     }
-    assert list(record.array_records["vectors"]) == ["packed"]
-    assert record.array_records["vectors"]["packed"].numpy().nbytes == 9
+    assert list(record.array_records["vectors"]) == ["words"]
+    assert record.array_records["vectors"]["words"].numpy().nbytes == 24
 
 
 def facts(**changes: Any) -> Callable[[RecordDict], None]:
@@ -197,6 +197,8 @@ MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "big-endian": generator(Array(np.zeros(3, ">f4"))),
     "no data": generator(raw(b"")),
     "noise instead of data": generator(raw(b"\x93NUMPY\x01\x00\x05")),
+    "more than an array": generator(raw(saved(np.zeros(3, np.float32)) + bytes(4))),
+    "another version of the format": generator(raw(b"\x93NUMPY\x02" + saved(np.zeros(3, np.float32))[7:])),
     "half an array": generator(raw(saved(np.zeros(3, np.float32))[:-5])),
     "a pickle": generator(raw(saved(np.array([{}], dtype=object), allow_pickle=True))),
     "a zip": generator(raw(zipped())),
@@ -325,8 +327,23 @@ def test_vectors_of_another_type_or_shape_are_refused(kind: str, key: str) -> No
     dtype = wire.pack(EACH[kind]).array_records["vectors"][key].numpy().dtype
     for array in (np.zeros((3, 1), dtype), np.array(1, dtype), np.zeros(3, np.int32), np.zeros(3, np.float64)):
         refused(EACH[kind], lambda record, a=array: record.array_records["vectors"].__setitem__(key, Array(a)))
-    swapped = np.zeros(3, np.uint8 if dtype == np.float32 else np.float32)
+    swapped = np.zeros(3, np.uint64 if dtype == np.float32 else np.float32)
     refused(EACH[kind], lambda record: record.array_records["vectors"].__setitem__(key, Array(swapped)))
+
+
+@pytest.mark.parametrize(
+    "vector", [np.zeros(0, np.float32), np.arange(5, dtype=np.float32), np.arange(7, dtype=np.uint64), VECTOR[::2]]
+)
+def test_a_vector_is_packed_as_flower_would_and_read_where_it_lies(vector: np.ndarray) -> None:
+    packed, flowers = wire._array(vector), Array(vector)
+    assert vars(packed) | {"_is_dirty": 0} == vars(flowers) | {"_is_dirty": 0}
+    message = MaskedInput("d", 1, 1, 7, 21, vector.astype(np.uint64))
+    record = wire.pack(message)
+    read = wire.unpack(record)
+    assert isinstance(read, MaskedInput)
+    lies = np.frombuffer(record.array_records["vectors"]["words"].data, np.uint8)
+    assert not read.words.flags.writeable
+    assert len(vector) == 0 or np.shares_memory(read.words, lies)
 
 
 @pytest.mark.parametrize("number", [0, 2])

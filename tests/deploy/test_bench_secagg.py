@@ -26,9 +26,9 @@ def test_a_sum_that_lacks_a_site_would_show() -> None:
     assert CASE.error_of(everyone - CASE.vector(0)) < 1e-12
 
 
-def test_ours_sends_three_bytes_a_coordinate_and_theirs_eight() -> None:
+def test_ours_sends_eight_bytes_for_three_coordinates_and_theirs_for_one() -> None:
     case = Case(dim=100_000, sites=3)
-    assert 3 * case.dim <= our_sum(case).up_bytes <= 3 * case.dim + 5000
+    assert 8 / 3 * case.dim <= our_sum(case).up_bytes <= 8 / 3 * case.dim + 5000
     assert 8 * case.dim <= their_sum(case).up_bytes <= 8 * case.dim + 10_000
 
 

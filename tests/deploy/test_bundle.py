@@ -150,7 +150,7 @@ def mask(name, request):
     return secure_round.masked_input(at, request, lambda train: MadeUpdate(1, np.full(3, 0.25, np.float32), "update"))
 
 handled = []
-plan = SumPlan(Attempt(study.digest, 1), 1, 3, study.secure_aggregation.encoding, 2, roster.digest, roster.sites)
+plan = SumPlan(Attempt(study.digest, 1), 1, 3, study.encoding, 2, roster.digest, roster.sites)
 keys = {name: ask(name, AdvertiseKeysRequest(study.digest, 1)) for name in names}
 for name in names:
     check_keys(keys[name], name, plan)

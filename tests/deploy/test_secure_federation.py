@@ -31,12 +31,12 @@ from common.messages import MaskedInput, TrainRequest
 from common.privacy import accounting
 from common.privacy.gradient import PatientOptimizer
 from common.privacy.sampling import draw_patients
-from common.secagg.encoding import unpack
 from deploy.phantoms import write_bids
 from deploy.simulate import Simulation, simulate
 from server import checkpoints, record
 from server.aggregation import AggregateUpdate, GanState, aggregate
 from server.record import RunRecord
+from tests.consortium import encoded, lanes_of
 from tests.deploy.command import Result, synthward, tiny_study
 
 SITES = ("site-1", "site-2", "site-3", "site-4", "site-5")
@@ -329,7 +329,7 @@ def test_the_updates_leave_in_masked_messages_only(scene: Scene) -> None:
 
 
 def test_no_message_holds_a_piece_of_an_update(scene: Scene) -> None:
-    """Sixteen weights in a row, as float32 or as the encoding that was summed, nowhere in anything that left."""
+    """Sixteen weights, as float32, or six words with three each, as they were summed, nowhere in anything that left."""
     left = b"".join(heard.content for heard in scene.heard)
     study = StudyConfig.from_toml(scene.out / "study.toml")
     num_pieces = 0
@@ -337,11 +337,10 @@ def test_no_message_holds_a_piece_of_an_update(scene: Scene) -> None:
         if heard.stage != "masked_input":
             continue
         assert heard.update is not None and np.abs(heard.update).max() > 1e-3
-        scaled = np.floor(heard.update * 2.0**study.secure_aggregation.fraction_bits).astype("<i4")
-        encoded = scaled.view(np.uint8).reshape(-1, 4)[:, : study.secure_aggregation.encoding.bytes_each]
-        for vector, each in ((heard.update.tobytes(), 4), (encoded.tobytes(), encoded.shape[1])):
-            for start in range(0, len(vector) - 16 * each, 16 * each * 37):  # one piece of 37: the search is slow
-                piece = vector[start : start + 16 * each]
+        words = encoded(heard.update, study.encoding)
+        for vector, size in ((heard.update.tobytes(), 16 * 4), (words.tobytes(), 6 * 8)):
+            for start in range(0, len(vector) - size, size * 37):  # one piece of 37: the search is slow
+                piece = vector[start : start + size]
                 if len(set(piece)) > 8:  # not a row of zeros
                     num_pieces += 1
                     assert piece not in left
@@ -350,19 +349,19 @@ def test_no_message_holds_a_piece_of_an_update(scene: Scene) -> None:
 
 def test_a_masked_vector_has_nothing_of_the_update_in_it(scene: Scene) -> None:
     study = StudyConfig.from_toml(scene.out / "study.toml")
-    encoding = study.secure_aggregation.encoding
+    encoding = study.encoding
     masked = [heard for heard in scene.heard if isinstance(heard.message, MaskedInput)]
     assert len(masked) >= sum(len(names) for names in IN_SUM)
     for heard in masked:
         assert isinstance(heard.message, MaskedInput) and heard.update is not None
-        counts = np.bincount(heard.message.packed, minlength=256)
+        counts = np.bincount(heard.message.words.view(np.uint8), minlength=256)
         assert heard.message.length == len(heard.update) > 10_000
         assert stats.chisquare(counts).pvalue > 1e-9
-        # A weight rounds to one of two integers. By chance one in 2^23 of the words is either; more would be a leak.
-        words = unpack(heard.message.packed, encoding).astype(np.int64)
+        # A weight rounds to one of two integers. By chance one lane in 2^20 is either; more would be a leak.
+        lanes = lanes_of(heard.message.words, encoding, len(heard.update))
         low = np.floor(heard.update.astype(np.float64) * 2.0**encoding.fraction_bits).astype(np.int64)
-        assert np.count_nonzero(((words - low) % 2**encoding.modulus_bits) <= 1) <= 3
-        assert abs(np.corrcoef(words, heard.update)[0, 1]) < 6 / np.sqrt(len(words))
+        assert np.count_nonzero(((lanes - low) % 2**encoding.modulus_bits) <= 1) <= 3
+        assert abs(np.corrcoef(lanes, heard.update)[0, 1]) < 6 / np.sqrt(len(lanes))
 
 
 # ---------------------------------------------------------------- four of five die

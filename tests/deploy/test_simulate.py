@@ -456,10 +456,24 @@ def test_a_lost_ledger_or_policy_is_never_replaced(lost: str, copied: Path) -> N
     assert not [path for path in copied.glob(f"sites/*/{lost}") if path.suffix != ".lock"]
 
 
-@pytest.mark.parametrize(("sites", "reason"), [(1, "at least 2 sites, found 1"), (256, "cannot hold 256 sites")])
+@pytest.mark.parametrize(
+    ("sites", "changes", "reason"),
+    [
+        (1, {}, "at least 2 sites, found 1"),
+        (32, {"secure_aggregation": {"modulus_bits": 21}}, "modulus_bits=21 cannot hold 32 sites"),
+    ],
+)
 def test_a_number_of_sites_that_no_data_can_help_is_refused_before_any_are_made(
-    sites: int, reason: str, tmp_path: Path
+    sites: int, changes: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
-    result = synthward("simulate", "--phantom", 20, "--sites", sites, "--out", tmp_path / "run")
+    study = tiny_study(tmp_path / "study.toml", **changes)
+    result = synthward("simulate", study, "--phantom", 20, "--sites", sites, "--out", tmp_path / "run")
     assert (result.status, reason in result.err) == (2, True), result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["phantom", "brain-t1", "chest-xray"])
+def test_the_built_in_studies_hold_two_hundred_sites_and_more(kind: str) -> None:
+    study = StudyConfig.from_toml(Path(deploy.simulate.__file__).with_name("examples") / f"{kind}.toml")
+    for sites in (2, 31, 32, 200, 10_000):
+        deploy.simulate.check_number(study, sites)

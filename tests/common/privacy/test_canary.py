@@ -205,7 +205,7 @@ def test_no_noise_at_all_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_noise_that_an_empty_draw_does_not_get_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    # At a rate of 0.01 and 4 patients 96 % of the draws without canaries are empty.
+    # At a rate of 0.01 and 3 patients 97 % of the draws without canaries are empty.
     step = GanTrainer.discriminator_step
 
     def skipping(self: GanTrainer, real: Any) -> tuple[float, int]:
@@ -306,7 +306,7 @@ def test_a_network_that_mixes_samples_is_refuted(
 
 
 def test_sampling_more_often_than_claimed_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 800 coins at 0.5, deviation 0.018: 14 of them above the claim of 0.25.
+    # 600 coins at 0.5, deviation 0.02: 12 of them above the claim of 0.25.
     monkeypatch.setattr(canary, "draw_patients", lambda number, q: sampling_module.draw_patients(number, 2 * q))
     found = audit(labelled(), plan_of(1.5, sampling_probability=0.25), trials=FEW)
     assert found.refuted == ("sampling",)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 
-from client.accountant import SiteAccountant, Terms, open_ledger
+from client.accountant import SiteAccountant, open_ledger
 from client.data import cohort, slices
 from client.decision import check
 from client.ledger import DataSet, data_set_of, ledger_key
@@ -12,7 +12,7 @@ from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.errors import SiteError
 from common.files import write_atomically
-from common.privacy.accounting import Budget, Mechanism
+from common.privacy.plan import make_plan
 
 PREPARED, ENROLLED_FILE = "prepared", "enrolled.json"
 TRAINING, HELD_OUT = "training", "held_out"
@@ -26,15 +26,11 @@ class Enrolled:
         prepared: name of the folder of the images that it enrolled with.
         run: the coordinator's run, for the ledger.
         signature: the study's signature as the coordinator sent it, hex.
-        planned: probability, noise and number of all steps; None when the study is not private.
-        accepted: epsilon and delta of the budget, and lines of other studies, when the plan was found to fit.
     """
 
     prepared: str
     run: str
     signature: str
-    planned: tuple[float, float, int] | None = None
-    accepted: tuple[float, float, int] | None = None
 
 
 def note_enrolled(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled) -> None:
@@ -65,18 +61,11 @@ def open_accountant(settings: SiteSettings, study: StudyConfig) -> SiteAccountan
     policy = Policy.load(settings.folder)
     # What a round costs is checked when it is charged; the whole plan was when the site enrolled.
     check(policy, settings, study, bytes.fromhex(enrolled.signature), ())
-    if enrolled.planned is None or enrolled.accepted is None:
+    plan = make_plan(study)
+    if plan is None:
         return None
-    epsilon, delta, other_lines = enrolled.accepted
-    return SiteAccountant(
-        open_ledger(settings.folder),
-        data_set(settings, enrolled.prepared),
-        policy.budget_of(settings.data),
-        study,
-        enrolled.run,
-        Mechanism(*enrolled.planned),
-        Terms(Budget(epsilon, delta), other_lines),
-    )
+    patients, budget = data_set(settings, enrolled.prepared), policy.budget_of(settings.data)
+    return SiteAccountant(open_ledger(settings.folder), patients, budget, study, enrolled.run, plan)
 
 
 def data_set(settings: SiteSettings, prepared: str) -> DataSet:
@@ -84,8 +73,3 @@ def data_set(settings: SiteSettings, prepared: str) -> DataSet:
     folder = settings.folder / PREPARED / prepared
     patients = [patient for name in (TRAINING, HELD_OUT) for patient in slices.reopen(folder, name=name).patient_ids]
     return data_set_of(ledger_key(cohort.holdout_key(settings.folder)), settings.data, patients)
-
-
-def flat(accepted: Terms) -> tuple[float, float, int]:
-    """Terms as ``Enrolled`` keeps them."""
-    return accepted.budget.epsilon, accepted.budget.delta, accepted.other_lines

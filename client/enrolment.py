@@ -3,11 +3,10 @@
 import hashlib
 import json
 import logging
-from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from client.accountant import open_ledger, terms
+from client.accountant import open_ledger
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
 from client.decision import check
@@ -17,7 +16,6 @@ from client.enrolled import (
     TRAINING,
     Enrolled,
     data_set,
-    flat,
     note_enrolled,
     open_accountant,
     read_enrolled,
@@ -60,7 +58,6 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
     prepare_data(settings, study)
     prepared = str(_read_json(settings.folder / CHECK_FILE)["fingerprint"])
     folder = settings.study_folder(study.digest)
-    enrolled = Enrolled(prepared, request.run, request.signature.hex())
     history: History = ()
     earlier: History = ()
     plan = make_plan(study)
@@ -71,9 +68,7 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
         spent = ledger.histories(data_set(settings, prepared).patients)
         check(policy, settings, study, request.signature, spent, spent_here=history)
-        accepted = terms(ledger, study.digest, policy.budget_of(settings.data))
-        enrolled = replace(enrolled, planned=astuple(plan.mechanism), accepted=flat(accepted))
-    note_enrolled(settings, study, enrolled)
+    note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex()))
     if member is not None:
         RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
     return Enrolment(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from client import ledger
-from client.accountant import SiteAccountant, terms
+from client.accountant import SiteAccountant
 from client.identity import KEY_FILE, ROSTER_FILE, load_identity, make_identity
 from client.policy import FILE_NAME, DataPolicy, Policy
 from client.settings import SiteSettings
@@ -75,4 +75,4 @@ def account_for(study: StudyConfig, folder: Path, patients: Iterable[str]) -> Si
     ledger.create(folder)
     book = ledger.Ledger(folder, key)
     data_set = ledger.data_set_of(key, folder, patients)
-    return SiteAccountant(book, data_set, budget, study, "", plan.mechanism, terms(book, study.digest, budget))
+    return SiteAccountant(book, data_set, budget, study, "", plan)

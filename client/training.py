@@ -25,7 +25,7 @@ from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
 from common.messages import TrainRequest, Vector
-from common.privacy.plan import PrivacyPlan, check_delta, make_plan
+from common.privacy.plan import PrivacyPlan, check_delta
 from common.privacy.sampling import draw_patients
 
 logger = logging.getLogger("synthward.site")
@@ -82,7 +82,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         ProtocolError: the round was charged, and failed after that.
         OSError: the state cannot be written.
     """
-    plan = make_plan(at.study)
+    plan = _plan(at)
     if plan is not None:
         check_delta(plan.delta, at.study.federation.contracted_patients[at.site])
     saved = _load_state(at.folder)
@@ -107,7 +107,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
         logger.info("round %d: goes on after step %d", request.round, step)
     else:
-        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(at, plan, request.round)
+        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(at, request.round)
 
     def update() -> tuple[Vector, Vector]:
         return (
@@ -134,13 +134,18 @@ def _weighted(at: SiteStudy, number: int, update_id: str, generator: Vector, dis
     return MadeUpdate(number, np.concatenate([generator, discriminator]) * weight, update_id)
 
 
-def _charge(at: SiteStudy, plan: PrivacyPlan | None, number: int) -> int:
-    """Charge this round's steps before the first gradient. Returns how many steps to make."""
-    if plan is None:
-        return at.study.federation.local_steps
+def _plan(at: SiteStudy) -> PrivacyPlan | None:
+    """The plan by which the site is charged: its noise is the one that is made. None when the study is not private."""
+    if not at.study.privacy.enabled:
+        return None
     if at.accountant is None:
         raise LedgerError("The study is private and has no ledger to charge.", "Nothing was trained.")
-    return at.accountant.charge_round(number, plan)
+    return at.accountant.plan
+
+
+def _charge(at: SiteStudy, number: int) -> int:
+    """Charge this round's steps before the first gradient. Returns how many steps to make."""
+    return at.accountant.charge_round(number) if at.accountant else at.study.federation.local_steps
 
 
 def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: Callable[[int], None]) -> None:

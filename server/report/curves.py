@@ -10,7 +10,7 @@ from server import record
 from server.record import RunRecord, SiteRecord
 
 POINT_COUNTS = (10, 5, 3, 2)
-MOST_EVALUATIONS = 60  # a PRV figure takes 0.1 to 1 s; with more unlike sites than this allows, curves get fewer points
+MOST_EVALUATIONS = 60  # with more unlike sites than this allows, curves get fewer points
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from client import ledger
-from client.accountant import SiteAccountant, terms
+from client.accountant import SiteAccountant
 from client.data import cohort as cohort_module
 from client.data.slices import PreparedCohort
 from client.training import SiteStudy
@@ -78,7 +78,7 @@ def account_in(
     budget = budget or Budget(study.privacy.epsilon, study.privacy.delta)
     book = ledger.Ledger(folder, KEY)
     data_set = ledger.data_set_of(KEY, folder / "images", patients)
-    return SiteAccountant(book, data_set, budget, study, "run", plan.mechanism, terms(book, study.digest, budget))
+    return SiteAccountant(book, data_set, budget, study, "run", plan)
 
 
 def charged_in(folder: Path, study: StudyConfig) -> History:

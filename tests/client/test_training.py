@@ -289,12 +289,11 @@ def test_a_budget_that_ends_in_the_middle_of_a_study_stops_the_site_before_it_dr
     train_round(at, request_of(at.study, 1))
     other = study_of(privacy={"epsilon": 4.6, "sampling_probability": 1.0})
     account = account_in(tmp_path, other, cohort_of().patient_ids, Budget(5.0, 1e-5))
-    plan = make_plan(other)
-    assert account is not None and plan is not None
-    account.charge_round(1, plan)
-    account.charge_round(2, plan)
+    assert account is not None
+    account.charge_round(1)
+    account.charge_round(2)
     with pytest.raises(OverBudget):
-        account.charge_round(3, plan)
+        account.charge_round(3)
     before = Ledger(tmp_path, KEY).lines()
     monkeypatch.setattr(training, "_draw", None)
     with pytest.raises(OverBudget, match="epsilon"):

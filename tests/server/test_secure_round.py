@@ -374,7 +374,7 @@ def charge_all(site: SecureSite) -> None:
     """Everything that the study planned."""
     account = site.accountant()
     assert account is not None
-    release = Release(site.study.digest, "", "run", 1, account.planned, 1.0)
+    release = Release(site.study.digest, "", "run", 1, account.plan.mechanism, 1.0)
     account.ledger.charge(account.data_set, release, Budget(1e6, 1e-5))
 
 

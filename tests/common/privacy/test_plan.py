@@ -53,7 +53,7 @@ def test_without_privacy_there_is_no_plan() -> None:
 
 def test_a_budget_that_no_noise_meets_is_refused() -> None:
     with pytest.raises(ConfigError, match="no noise_multiplier"):
-        make_plan(study_of(epsilon=1e-4))
+        make_plan(study_of(epsilon=1e-5))
 
 
 @pytest.mark.parametrize(("delta", "patients"), [(1e-3, 100), (1e-5, 10_000), (0.009, 11), (1e-5, 1)])

@@ -9,6 +9,8 @@ import nibabel
 import numpy as np
 import pytest
 from flwr.app import Message
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 import deploy.simulate
 from deploy.local_grid import LocalGrid
@@ -59,19 +61,26 @@ class Run:
 
     folder: Path
     result: Result
-    replies: list[Message]
+    replies: list[bytes]
+
+
+def bytes_of(message: Message) -> bytes:
+    """Everything that Flower sends for a message. Ask before it is read: reading may empty it."""
+    assert not message.has_error()
+    parts = get_all_nested_objects(message.content)
+    return message_to_proto(message).SerializeToString() + b"".join(part.deflate() for part in parts.values())
 
 
 @pytest.fixture(scope="session")
 def run(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """``synthward simulate study.toml --site ...``, all replies of the sites kept."""
     folder = tmp_path_factory.mktemp("completed")
-    replies: list[Message] = []
+    replies: list[bytes] = []
 
     class Listening(LocalGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
             pulled = super().pull_messages(message_ids)
-            replies.extend(pulled)
+            replies.extend(map(bytes_of, pulled))
             return pulled
 
     sites = [word for name, path in hospitals.items() for word in ("--site", f"{name}={path}")]

@@ -11,8 +11,6 @@ import nibabel
 import numpy as np
 import pytest
 from flwr.app import Message
-from flwr.common.serde import message_to_proto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from PIL import Image
 
 import deploy.simulate
@@ -23,7 +21,7 @@ from client.training import SiteStudy
 from common.gan.training import RealBatch
 from deploy.local_grid import LocalGrid
 from tests.deploy.command import synthward, tiny_study
-from tests.deploy.conftest import MARK
+from tests.deploy.conftest import MARK, bytes_of
 
 NOTE, LABEL, BROKEN, TEXT = "Okapi5521note", "Quagga8812label", "Tapir9934broken", "Numbat4410text"
 PLANTED = (MARK, NOTE, LABEL, BROKEN, TEXT)
@@ -135,12 +133,6 @@ def left(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         frozenset(list_patients(north)) | frozenset(list_patients(hospitals["south"])),
         tuple(codes),
     )
-
-
-def bytes_of(message: Message) -> bytes:
-    """Everything that Flower sends for a message."""
-    parts = get_all_nested_objects(message.content)
-    return message_to_proto(message).SerializeToString() + b"".join(part.deflate() for part in parts.values())
 
 
 def forms(text: str) -> list[bytes]:

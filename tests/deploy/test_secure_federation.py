@@ -22,6 +22,7 @@ import client.app
 import client.training
 from client.accountant import open_ledger
 from client.data.cohort import KEY_NAME
+from client.policy import Policy
 from client.settings import SiteSettings
 from client.training import SiteStudy
 from client.updates import MadeUpdate
@@ -362,6 +363,38 @@ def test_a_masked_vector_has_nothing_of_the_update_in_it(scene: Scene) -> None:
         low = np.floor(heard.update.astype(np.float64) * 2.0**encoding.fraction_bits).astype(np.int64)
         assert np.count_nonzero(((lanes - low) % 2**encoding.modulus_bits) <= 1) <= 3
         assert abs(np.corrcoef(lanes, heard.update)[0, 1]) < 6 / np.sqrt(len(lanes))
+
+
+# ---------------------------------------------------------------- a budget ends
+
+
+def test_a_site_whose_budget_ends_stops_and_the_others_complete_the_study(
+    five: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its officer lowers the budget while the second round trains; what was spent stays spent, and no more is."""
+    out, rounds = tmp_path / "run", 4
+
+    def handle(site: str, at: str, number: int, serve: Callable[[], Message]) -> Message:
+        if (site, at, number) == ("site-2", "masked_input", 2):
+            policy = Policy.load(out / "sites" / site)
+            lower = policy.data[0].model_copy(update={"epsilon": 5.0})
+            policy.model_copy(update={"data": (lower,)}).save(out / "sites" / site)
+        return serve()
+
+    study = small_study(tmp_path / "s.toml", federation__rounds=rounds, federation__local_steps=STEPS)
+    with between(handle):
+        result = simulate_five(five, study, out)
+    assert result.status == 0, result.err
+    facts = RunRecord.load(out)
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "", rounds)
+    for site in facts.sites:
+        stopped = site.name == "site-2"
+        assert site.rounds == ([1] if stopped else [1, 2, 3, 4])
+        assert steps_spent(out, site.name) == steps_charged(facts)[site.name] == STEPS * len(site.rounds)
+        assert set(site.refusals) == ({"over_budget"} if stopped else set())
+    assert "over_budget" in (out / "report.html").read_text()
+    spent = json.loads(synthward("ledger", "show", out / "sites" / "site-2", "--json").out)["spent"]["epsilon"]
+    assert 0 < spent <= 5.0
 
 
 # ---------------------------------------------------------------- four of five die

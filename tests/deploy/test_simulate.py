@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Message
-from flwr.common.serde import message_to_proto
 from PIL import Image
 
 import deploy.simulate
@@ -143,11 +142,8 @@ def test_no_reply_of_a_site_holds_a_patient_id_or_a_path(run: Run, hospitals: di
     secrets |= {str(path) for path in hospitals.values()}
     # Of two sites: enrolment, the first keys, and the four stages of two rounds.
     assert len(run.replies) == 2 * (1 + 1 + 4 * 2)
-    for reply in run.replies:
-        assert not reply.has_error()
-        content = message_to_proto(reply).SerializeToString() + b"".join(
-            array.data for arrays in reply.content.array_records.values() for array in arrays.values()
-        )
+    assert sum(len(content) > 40_000 for content in run.replies) == 2 * 2  # the masked vectors
+    for content in run.replies:
         assert len(content) > 100
         assert [secret for secret in secrets if secret.encode() in content] == []
 

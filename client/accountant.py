@@ -6,9 +6,9 @@ from pathlib import Path
 from client.data import cohort
 from client.ledger import DataSet, Ledger, Release, ledger_key
 from common.config import StudyConfig
-from common.errors import BudgetExhausted, OverBudget
+from common.errors import BudgetExhausted
 from common.privacy import accounting
-from common.privacy.accounting import Budget, History, Mechanism
+from common.privacy.accounting import Budget, History
 from common.privacy.plan import PrivacyPlan
 
 
@@ -48,26 +48,23 @@ class SiteAccountant:
             OverBudget: a patient would have spent more than the budget. Nothing is charged.
             LedgerError: the ledger cannot be trusted or written.
         """
-        mechanism = self._next_round()
-        release = Release(self.study.digest, self.study.name, self.run, number, mechanism, self.plan.clip_norm)
+        release = self._release(number)
         self.ledger.charge(self.data_set, release, self.budget)
-        return mechanism.steps
+        return release.mechanism.steps
 
     def check_next_round(self) -> None:
         """Raise what ``charge_round`` would, without charging."""
-        mechanism = self._next_round()
-        for history in self.ledger.histories(self.data_set.patients):
-            if not accounting.fits((*history, mechanism), self.budget):
-                raise OverBudget("The site's budget for its patients is spent.", "See `synthward ledger show`.")
+        self.ledger.check(self.data_set, self._release(0), self.budget)
 
-    def _next_round(self) -> Mechanism:
+    def _release(self, number: int) -> Release:
         planned = self.plan.mechanism
         left = planned.steps - accounting.num_steps(self.history)
         if left < 1:
             raise BudgetExhausted(
                 f"All {planned.steps} steps that the study planned for this site are spent.", "Plan a new study."
             )
-        return replace(planned, steps=min(left, self.study.federation.local_steps))
+        mechanism = replace(planned, steps=min(left, self.study.federation.local_steps))
+        return Release(self.study.digest, self.study.name, self.run, number, mechanism, self.plan.clip_norm)
 
 
 def open_ledger(folder: Path) -> Ledger:

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from client import secure_round
 from client.accountant import SiteAccountant
-from client.enrolled import open_accountant
+from client.enrolled import open_accountant, read_enrolled
 from client.identity import load_member
 from client.log import site_log
 from client.policy import Policy
@@ -119,7 +119,7 @@ def _secure(handle: Callable[[SecureSite, R], Reply]) -> Callable[[R, StudyConfi
 
 def _secure_site(study: StudyConfig, settings: SiteSettings) -> SecureSite:
     def accountant() -> SiteAccountant | None:
-        return open_accountant(settings, study)
+        return open_accountant(settings, study, read_enrolled(settings, study))
 
     member = load_member(settings, Policy.load(settings.folder))
     return SecureSite(study, member, settings.study_folder(study.digest), accountant)

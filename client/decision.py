@@ -35,7 +35,7 @@ def decide(
     settings: SiteSettings,
     study: StudyConfig,
     signature: bytes,
-    histories: Sequence[History],
+    histories: Sequence[History] | None,
     *,
     spent_here: History = (),
 ) -> tuple[Rule, ...]:
@@ -47,7 +47,7 @@ def decide(
         study: what is asked.
         signature: on the study; empty for none.
         histories: what the ledger holds for the site's patients, one for each group of them with the same lines;
-            those of this study included. None at all: the budget is not asked, because the charge will ask it.
+            those of this study included. None not to ask about the budget, which every charge is measured by.
         spent_here: the part of them that is this study's. Its steps need not be paid for again.
 
     Raises:
@@ -74,7 +74,7 @@ def check(
     settings: SiteSettings,
     study: StudyConfig,
     signature: bytes,
-    histories: Sequence[History],
+    histories: Sequence[History] | None,
     *,
     spent_here: History = (),
 ) -> None:
@@ -193,7 +193,7 @@ def _delta_rule(data: DataPolicy | None, settings: SiteSettings, study: StudyCon
 
 
 def _budget_rule(
-    data: DataPolicy | None, study: StudyConfig, histories: Sequence[History], spent_here: History
+    data: DataPolicy | None, study: StudyConfig, histories: Sequence[History] | None, spent_here: History
 ) -> Rule:
     if data is None:
         return Rule("budget", False, "The policy has no budget for this folder.")
@@ -201,7 +201,7 @@ def _budget_rule(
         why = "Public data: nothing is spent." if data.public else "No budget covers training without privacy."
         return Rule("budget", data.public, why)
     allows = f"The policy allows epsilon {data.epsilon:.6g} at delta {data.delta:.6g} for any patient"
-    if not histories:
+    if histories is None:
         return Rule("budget", True, f"{allows}; every charge is measured by it.")
     rest = rest_of(study, spent_here)
     spent = max(epsilon(history, data.delta) for history in histories)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from client.accountant import SiteAccountant, open_ledger
 from client.data import cohort, slices
@@ -26,11 +27,18 @@ class Enrolled:
         prepared: name of the folder of the images that it enrolled with.
         run: the coordinator's run, for the ledger.
         signature: the study's signature as the coordinator sent it, hex.
+        data: the settings that say which data these were.
     """
 
     prepared: str
     run: str
     signature: str
+    data: dict[str, Any]
+
+
+def data_settings(settings: SiteSettings) -> dict[str, Any]:
+    """The settings that decide which patients there are, as JSON."""
+    return settings.model_dump(mode="json", include={"name", "data", "record_is_patient", "patients"})
 
 
 def note_enrolled(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled) -> None:
@@ -40,27 +48,28 @@ def note_enrolled(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled
 
 
 def read_enrolled(settings: SiteSettings, study: StudyConfig) -> Enrolled:
-    """What was kept. Raises SiteError when the site never enrolled in this study."""
+    """What was kept. Raises SiteError when the site never enrolled in this study, or with other data."""
     try:
         content = json.loads((settings.study_folder(study.digest) / ENROLLED_FILE).read_bytes())
-        return Enrolled(**content)
+        enrolled = Enrolled(**content)
     except (OSError, ValueError, TypeError):
         raise SiteError(
             f"{settings.name} has not enrolled in this study.", "Enrol first; start the run again."
         ) from None
+    if enrolled.data != data_settings(settings):  # the policy's answer and the budget were those of other patients
+        raise SiteError(f"The data of {settings.name} are others than it enrolled with.", "Start the run again.")
+    return enrolled
 
 
-def open_accountant(settings: SiteSettings, study: StudyConfig) -> SiteAccountant | None:
+def open_accountant(settings: SiteSettings, study: StudyConfig, enrolled: Enrolled) -> SiteAccountant | None:
     """The study's account at this site, after asking the policy again; None when the study is not private.
 
     Raises:
-        SiteError: the site never enrolled in this study.
         PolicyError: the policy no longer allows the study.
     """
-    enrolled = read_enrolled(settings, study)
     policy = Policy.load(settings.folder)
     # What a round costs is checked when it is charged; the whole plan was when the site enrolled.
-    check(policy, settings, study, bytes.fromhex(enrolled.signature), ())
+    check(policy, settings, study, bytes.fromhex(enrolled.signature), None)
     plan = make_plan(study)
     if plan is None:
         return None

@@ -16,6 +16,7 @@ from client.enrolled import (
     TRAINING,
     Enrolled,
     data_set,
+    data_settings,
     note_enrolled,
     open_accountant,
     read_enrolled,
@@ -27,7 +28,7 @@ from client.round_file import RoundFile, last_attempt
 from client.settings import SiteSettings
 from client.training import STATE_FILE, SiteStudy
 from common.config import StudyConfig
-from common.errors import LedgerError, SiteError
+from common.errors import LedgerError, PolicyError, SiteError
 from common.files import locked, write_atomically
 from common.messages import Enrolment, EnrolRequest
 from common.privacy.accounting import History, append
@@ -36,7 +37,6 @@ from common.privacy.plan import check_delta, make_plan
 logger = logging.getLogger("synthward.site")
 CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json", "holdout.json"
 CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
-DATA_SETTINGS = {"name", "data", "record_is_patient", "patients"}  # what changes the prepared images
 DataCheck = dict[str, Any]
 
 
@@ -55,8 +55,13 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
     policy = Policy.load(settings.folder)
     check(policy, settings, study, request.signature, ((),))  # refuses before the data are read
     member = load_member(settings, policy) if study.federation.aggregation == "secure" else None
-    prepare_data(settings, study)
-    prepared = str(_read_json(settings.folder / CHECK_FILE)["fingerprint"])
+    known = _checked_data(settings, study)
+    if known["accepted_patients"] < policy.minimum_patients:
+        raise PolicyError(
+            f"The policy asks for {policy.minimum_patients} patients or more, found {known['accepted_patients']}.",
+            "Add patients, or correct what `synthward data check` refuses.",
+        )
+    prepared = str(known["fingerprint"])
     folder = settings.study_folder(study.digest)
     history: History = ()
     earlier: History = ()
@@ -68,7 +73,7 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
         spent = ledger.histories(data_set(settings, prepared).patients)
         check(policy, settings, study, request.signature, spent, spent_here=history)
-    note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex()))
+    note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex(), data_settings(settings)))
     if member is not None:
         RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
     return Enrolment(
@@ -92,9 +97,9 @@ def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
         PolicyError: the policy no longer allows the study.
     """
     num_patients, _ = study.contracted_split(settings.name)
-    accountant = open_accountant(settings, study)
-    folder = settings.study_folder(study.digest)
     enrolled = read_enrolled(settings, study)
+    accountant = open_accountant(settings, study, enrolled)
+    folder = settings.study_folder(study.digest)
     prepared = slices.reopen(settings.folder / PREPARED / enrolled.prepared, name=TRAINING)
     return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device, accountant)
 
@@ -117,7 +122,11 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
         SiteError: unusable data folder, or fewer patients than ``federation.minimum_patients``.
         PrivacyError: the study's delta is too large for this many patients.
     """
-    with locked(settings.folder / "enrolment.lock"):
+    return int(_checked_data(settings, study)["accepted_patients"])
+
+
+def _checked_data(settings: SiteSettings, study: StudyConfig) -> DataCheck:
+    with locked(settings.folder / "enrolment.lock"):  # another study may prepare the same data its own way
         known = _prepared_already(settings, study)
     num_patients = int(known["accepted_patients"])
     if num_patients < study.federation.minimum_patients:
@@ -127,7 +136,7 @@ def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
         )
     if study.privacy.enabled:
         check_delta(study.privacy.delta, study.federation.contracted_patients.get(settings.name, num_patients))
-    return num_patients
+    return known
 
 
 def _prepared_already(settings: SiteSettings, study: StudyConfig) -> DataCheck:
@@ -197,7 +206,7 @@ def _read_json(path: Path) -> DataCheck:
 def _fingerprint(settings: SiteSettings, study: StudyConfig, commitment: str) -> str:
     """Changes when a file, the settings, the hold-out key or what the study wants of an image changes."""
     digest = hashlib.sha256(f"{CHECKS_VERSION}\0{commitment}\0".encode())
-    for fact in (settings.model_dump_json(include=DATA_SETTINGS), study.image.model_dump_json()):
+    for fact in (json.dumps(data_settings(settings)), study.image.model_dump_json()):
         digest.update(fact.encode() + b"\0")
     for path in sorted(settings.data.rglob("*")) if settings.data.is_dir() else ():
         if path.is_file():

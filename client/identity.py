@@ -5,6 +5,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -118,7 +119,11 @@ def _load_roster(path: Path) -> Roster:
 
 def load_identity(folder: Path) -> Ed25519PrivateKey:
     """The site's private key. Raises SiteError: no key, no Ed25519 key, or one that others can read."""
-    path = folder / KEY_FILE
+    return load_private_key(folder / KEY_FILE)
+
+
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """A private key as ``make_identity`` writes it. Raises SiteError like ``load_identity``."""
     try:
         if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
             raise SiteError(f"{path} can be read by others than its owner.", f"chmod 600 {path}")
@@ -127,7 +132,7 @@ def load_identity(folder: Path) -> Ed25519PrivateKey:
         raise SiteError(
             f"Cannot read {path}: {error.strerror}.", "Make a key: `synthward site keygen FOLDER`."
         ) from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise SiteError(f"{path} holds no Ed25519 private key.", "Restore the key that the roster knows.")

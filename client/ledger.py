@@ -14,6 +14,7 @@ false pair: the signed export that the data protection officer keeps is the proo
 | a patient in two data sets (a larger cohort, another folder) | for this patient, the lines of both |
 | a crash or a full disk between head and line | the line: it is put into the file when that is next opened |
 | a crash after the line, before the training | the line: nobody knows that nothing was released |
+| images that count as patients of their own (``record_is_patient``) | known by their paths: moved, they are others |
 | two processes at once | the lines of both, one after the other |
 """
 
@@ -22,6 +23,7 @@ import hmac
 import json
 import os
 import sqlite3
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,12 +34,13 @@ from pathlib import Path
 from client import ledger_file
 from client.ledger_file import RESTORE
 from common.errors import LedgerError, OverBudget
-from common.files import locked, write_atomically
+from common.files import locked, writable_by_everyone, write_atomically
 from common.privacy import accounting
 from common.privacy.accounting import Budget, History, Mechanism
 
 FILE_NAME, HEAD_FILE, LOCK_FILE = "ledger.db", "ledger-head.json", "ledger.lock"
 FIRST_HASH = "0" * 64
+LOCK_SECONDS = 60.0  # a charge takes one at most: whoever holds the lock for longer has stopped
 CLOCK_TOLERANCE = timedelta(minutes=10)
 _TRACES = ("state.pt", "accountant.json")  # what training leaves in a study's folder
 
@@ -114,9 +117,9 @@ def data_set_of(key: bytes, folder: Path, patient_ids: Iterable[str]) -> DataSet
     Args:
         key: from ``ledger_key``; without it a digest does not tell whether somebody is a patient.
         folder: where their images lie.
-        patient_ids: any text; order and repetition do not matter.
+        patient_ids: any text; order and repetition do not matter, nor does the prefix ``sub-`` of BIDS.
     """
-    patients = frozenset(_keyed(key, "patient", patient_id) for patient_id in patient_ids)
+    patients = frozenset(_keyed(key, "patient", _plain(patient_id)) for patient_id in patient_ids)
     return DataSet(_digest(key, patients), os.fsencode(folder).decode(errors="backslashreplace"), patients)
 
 
@@ -208,12 +211,17 @@ class Ledger:
             ledger_file.commit(db)
         return line
 
+    def check(self, data_set: DataSet, release: Release, budget: Budget) -> None:
+        """Raise what ``charge`` would raise for this release, without charging."""
+        with self._opened() as (_, book):
+            self._check_budget(book, data_set, release, budget)
+
     @contextmanager
     def _opened(self) -> Iterator[tuple[sqlite3.Connection, "_Book"]]:
         """The verified ledger inside a transaction; one process at a time."""
         with ledger_file.failures_named(self._path):
             self._refuse_missing()
-            with locked(self._lock), ledger_file.opened(self._path) as db:
+            with locked(self._lock, LOCK_SECONDS), ledger_file.opened(self._path) as db:
                 book = self._verified(db)
                 if book.unwritten:  # committed by itself, so that the file is never two lines behind the head
                     _insert(db, book.lines[-1], book.members[book.lines[-1].data_set])
@@ -222,7 +230,8 @@ class Ledger:
                 yield db, book
 
     def _refuse_missing(self) -> None:
-        missing = [path for path in (self._path, self._head) if not path.exists()]
+        files = (self._path, self._head)
+        missing = [path for path in files if not path.exists()]
         if len(missing) == 2:
             raise LedgerError(
                 f"{self._path} is missing: this site has no ledger.",
@@ -230,6 +239,9 @@ class Ledger:
             )
         if missing:
             raise LedgerError(f"{missing[0]} is missing: half of the ledger is gone.", RESTORE)
+        for path in files:
+            if writable_by_everyone(path):
+                raise LedgerError(f"Everyone may write {path}, so it proves nothing.", f"chmod 600 {path}")
 
     def _verified(self, db: sqlite3.Connection) -> "_Book":
         lines = [Line(*row) for row in db.execute(_SELECT_LINES)]
@@ -309,7 +321,7 @@ class Ledger:
             if not accounting.fits(history, budget):
                 epsilon = accounting.epsilon(history, budget.delta)
                 raise OverBudget(
-                    f"Round {release.round} of {release.study_name} would bring patients in {data_set.folder} to "
+                    f"Another round of {release.study_name} would bring patients in {data_set.folder} to "
                     f"epsilon {epsilon:.4g} at delta {budget.delta:g}, and the site allows {budget.epsilon:g}.",
                     "What is spent stays spent. Plan fewer steps or more noise, or train on other patients.",
                 )
@@ -418,6 +430,11 @@ def _hash_of(line: Line) -> str:
 
 def _canonical(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _plain(patient_id: str) -> str:
+    """The id however it was found: a folder ``sub-01`` and a table's ``01`` are one patient."""
+    return unicodedata.normalize("NFC", patient_id).strip().removeprefix("sub-")
 
 
 def _digest(key: bytes, patients: Iterable[str]) -> str:

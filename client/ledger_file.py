@@ -84,6 +84,8 @@ def failures_named(path: Path) -> Iterator[None]:
         raise LedgerError(f"{path} is damaged: it has text that is none.", RESTORE) from error
     except OSError as error:
         where, why = error.filename or path, error.strerror or str(error)
+        if isinstance(error, TimeoutError):
+            raise LedgerError(f"{path} is locked: {why}.", "End the process of Synthward that has stopped.") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise LedgerError(f"The disk is full: {path} cannot be written ({why}).", MAKE_ROOM) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

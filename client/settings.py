@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.config import SiteName
 from common.errors import ConfigError, SiteError
-from common.files import write_atomically
+from common.files import writable_by_everyone, write_atomically
 
 FILE_NAME = "site.toml"
 
@@ -55,6 +55,8 @@ class SiteSettings(BaseModel):
         """Read ``site.toml`` of a site's folder. Raises SiteError when it is missing or wrong."""
         path = folder / FILE_NAME
         try:
+            if writable_by_everyone(path):
+                raise SiteError(f"Everyone may write {path}, which says whose images are used.", f"chmod 600 {path}")
             tree = tomllib.loads(path.read_text())
             return cls.model_validate({**tree, "folder": folder})
         except OSError as error:

@@ -149,14 +149,30 @@ def sign_statement(site: str, identity: Ed25519PrivateKey, ledger: Ledger, polic
     return {**content, "signature": identity.sign(_signed(content)).hex()}
 
 
-def read_statement(path: Path) -> tuple[Line, ...]:
-    """The lines of a signed statement. Raises ConfigError when it is none, or was altered."""
+@dataclass(frozen=True)
+class Statement:
+    """What a signed statement says, and who signed it.
+
+    Args:
+        site: the site's name.
+        public_key: the signer's, hex.
+        lines: of the ledger.
+    """
+
+    site: str
+    public_key: str
+    lines: tuple[Line, ...]
+
+
+def read_statement(path: Path) -> Statement:
+    """A signed statement. Raises ConfigError when it is none, or was altered after it was signed."""
     try:
         content = json.loads(path.read_bytes())
         signature = bytes.fromhex(content.pop("signature"))
         public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(content["public_key"]))
         public.verify(signature, _signed(content))
-        return tuple(Line(**line) for line in content["lines"])
+        lines = tuple(Line(**line) for line in content["lines"])
+        return Statement(str(content["site"]), str(content["public_key"]), lines)
     except OSError as error:
         raise ConfigError(
             f"Cannot read {path}: {error.strerror}.", "Give a file of `synthward ledger export`."

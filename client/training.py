@@ -72,7 +72,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
     A round that this site has already finished from the same shared state is answered from its state file: the update
     is out of the mechanism already, so repeating it costs nothing. One that has left masked is trained anew
     (``client/updates.py``). A round that was stopped between two steps goes on where it stopped, under the charge that
-    was made for it. What a crash cut off is paid for and lost.
+    was made for it, with the patients that were charged. What a crash cut off is paid for and lost.
 
     Raises:
         KeyboardInterrupt: the listener to the progress stopped the work; what was done is kept.
@@ -92,7 +92,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
     if saved is not None and not (at.folder / updates.FILE_NAME).exists():
         raise PrivacyError(f"{at.folder} has a trained state but no {updates.FILE_NAME}.", "Restore that file.")
 
-    source = request.digest
+    source, patients = request.digest, at.accountant.data_set.digest if at.accountant else ""
     same = saved is not None and saved["source"] == source and saved["id"] != left
     if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
@@ -101,7 +101,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         )
 
     trainer = _restore(at, plan, request, saved)  # refuses a shared state that does not fit before anything is charged
-    if saved is not None and same:
+    if saved is not None and same and saved["data_set"] == patients:  # the charge was for these patients
         update_id, step, num_steps = str(saved["id"]), int(saved["step"]), int(saved["num_steps"])
         load_vector(trainer.generator, request.generator + saved["generator"].numpy())
         load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
@@ -117,7 +117,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
 
     def keep(step: int) -> None:
         updates.note_made(at.folder, update_id)
-        made = {"id": update_id, "source": source, "step": step, "num_steps": num_steps}
+        made = {"id": update_id, "source": source, "step": step, "num_steps": num_steps, "data_set": patients}
         _save_state(at.folder, made, trainer, *update())
 
     try:

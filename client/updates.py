@@ -74,8 +74,8 @@ def note_left(folder: Path, update: str) -> None:
 
 
 def give_up(folder: Path) -> None:
-    """The saved update will never be asked for again."""
-    note_left(folder, read(folder).made)
+    """Nothing waits to be sent any more. What has left stays known, also when the newest update was never saved."""
+    _write(folder, replace(read(folder), made=read(folder).left))
 
 
 def _write(folder: Path, updates: Updates) -> None:

@@ -1,8 +1,11 @@
 """Writing files so that a crash leaves either the old content or the new one, and one process at a time."""
 
+import errno
 import fcntl
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,15 +38,38 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.close(folder)
 
 
+def writable_by_everyone(path: Path) -> bool:
+    """Whether every user of this machine may write the file."""
+    return bool(path.stat().st_mode & stat.S_IWOTH)
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, most_seconds: float | None = None) -> Iterator[None]:
     """Be the only process, and the only thread, inside a block with this path. Waits for its turn.
 
     The operating system drops the lock when the process ends, however it ends.
+
+    Raises:
+        TimeoutError: after ``most_seconds``, if given, somebody else still has it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if most_seconds is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            _lock_by(descriptor, path, time.monotonic() + most_seconds)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_by(descriptor: int, path: Path, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, "another process has held the lock for too long", str(path)
+                ) from None
+            time.sleep(0.01)

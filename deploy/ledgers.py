@@ -7,7 +7,7 @@ from client.accountant import open_ledger
 from client.data import cohort
 from client.data.inventory import list_patients
 from client.decision import rest_of
-from client.identity import load_identity
+from client.identity import PUBLIC_FILE, load_identity, read_public
 from client.ledger import data_set_of, ledger_key
 from client.policy import Policy
 from client.settings import SiteSettings
@@ -57,15 +57,17 @@ def _print(found: DataSetSpent) -> None:
 
 
 def verify(folder: Path, statement: Path | None) -> None:
-    """Walk the chain, and compare with a signed statement. Raises SiteError, ConfigError, LedgerError."""
-    SiteSettings.load(folder)
+    """Walk the chain, compare with a statement of this site. Raises SiteError, ConfigError, LedgerError."""
+    settings = SiteSettings.load(folder)
     ledger = open_ledger(folder)
     lines = ledger.lines()
     print(f"The ledger is whole: {len(lines)} lines" + (f", newest hash {lines[-1].hash}" if lines else ""))
     if statement is not None:
         stated = read_statement(statement)
-        check_continues(ledger, stated)
-        print(f"It begins with the {len(stated)} lines of {statement}")
+        if (stated.site, stated.public_key) != (settings.name, read_public(folder / PUBLIC_FILE).hex()):
+            raise ConfigError(f"{statement} was signed by another site or key.", "Give a statement of this site.")
+        check_continues(ledger, stated.lines)
+        print(f"It begins with the {len(stated.lines)} lines of {statement}, signed with {stated.public_key}")
 
 
 def export(folder: Path, out: Path) -> None:

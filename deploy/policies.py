@@ -2,22 +2,20 @@
 
 import json
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from client import ledger
 from client.accountant import open_ledger
 from client.decision import Rule, decide
-from client.identity import ROSTER_FILE
+from client.identity import ROSTER_FILE, load_private_key
 from client.policy import FILE_NAME, Policy
 from client.settings import SiteSettings
 from common import study_signature
 from common.config import StudyConfig
-from common.errors import ConfigError, PolicyError
+from common.errors import ConfigError, PolicyError, SiteError
 from common.files import write_atomically
 from common.secagg.roster import load_roster
 from deploy.ledgers import spent_histories
@@ -105,7 +103,7 @@ def study_sign(study_path: Path, key_path: Path) -> None:
     Raises:
         ConfigError: no study, no Ed25519 private key, or a key that others can read.
     """
-    study, key = StudyConfig.from_toml(study_path), _load_key(key_path)
+    study, key = StudyConfig.from_toml(study_path), _signing_key(key_path)
     signature = study_signature.sign(key, study.digest)
     write_atomically(signature_file(study_path), f"{signature.hex()}\n".encode())
     print(f"{signature_file(study_path)}   goes with the study {study.digest}")
@@ -138,16 +136,8 @@ def _print(rules: Sequence[Rule]) -> None:
         print(f"{rule.name:<{width}}  {'allowed' if rule.allowed else 'REFUSED'}  {rule.why}")
 
 
-def _load_key(path: Path) -> Ed25519PrivateKey:
-    remedy = "Give the identity.key that `synthward site keygen` made."
+def _signing_key(path: Path) -> Ed25519PrivateKey:
     try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConfigError(f"{path} can be read by others than its owner.", f"chmod 600 {path}")
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}.", remedy) from None
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{path} holds no Ed25519 private key.", remedy)
-    return key
+        return load_private_key(path)
+    except SiteError as error:  # the wrong argument of a command, not a fault of a site
+        raise ConfigError(error.message, "Give the identity.key that `synthward site keygen` made.") from None

@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from client import enrolment
 from client.data import cohort, slices
-from client.enrolled import PREPARED, TRAINING, open_accountant
+from client.enrolled import PREPARED, TRAINING, open_accountant, read_enrolled
 from client.enrolment import CHECK_FILE, enrol, open_study, prepare_data
 from client.identity import load_member, make_identity, pin_roster, read_public
 from client.ledger import Ledger, Release, data_set_of
@@ -245,6 +246,52 @@ def test_the_same_patients_in_a_copied_folder_share_their_budget(site: SiteSetti
     assert first.data_set.digest == second.data_set.digest and first.data_set.folder != second.data_set.folder
 
 
+def test_settings_that_name_other_data_after_enrolment_stop_the_site(site: SiteSettings, tmp_path: Path) -> None:
+    """Their folder may have another budget, and the images at hand are still those of the first one."""
+    study = study_of()
+    joined(site, study)
+    copy = tmp_path / "other scans"
+    shutil.copytree(site.data, copy)
+    policy = Policy.load(site.folder)
+    wide = policy.data[0].model_copy(update={"folder": copy, "epsilon": 500.0})
+    policy.model_copy(update={"data": (*policy.data, wide)}).save(site.folder)
+    for changes in ({"data": copy}, {"record_is_patient": True}, {"patients": ("sub-synth1",)}):
+        with pytest.raises(SiteError, match="others than it enrolled with"):
+            open_study(site.model_copy(update=changes), study)
+    moved = site.model_copy(update={"data": copy})
+    enrol(moved, study, EnrolRequest(study.digest))
+    account = open_study(moved, study).accountant
+    assert account is not None and (account.budget.epsilon, account.data_set.folder) == (500.0, str(copy))
+
+
+def test_fewer_patients_than_the_policy_asks_for_are_refused_whatever_the_contract_says(site: SiteSettings) -> None:
+    study = study_of(150)
+    allow_too(site.folder, study, minimum_patients=PATIENTS + 1)
+    with pytest.raises(PolicyError, match="found 24"):
+        enrol(site, study, EnrolRequest(study.digest))
+    allow_too(site.folder, study, minimum_patients=PATIENTS)
+    enrol(site, study, EnrolRequest(study.digest))
+
+
+def test_each_enrolment_has_its_own_images_though_another_prepares_at_the_same_time(
+    site: SiteSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = study_of()
+    large = small.with_changes("image", size=32)
+    for study in (small, large):
+        allow_too(site.folder, study)
+    check = enrolment._checked_data
+
+    def overtaken(settings: SiteSettings, study: StudyConfig) -> dict[str, Any]:
+        known = check(settings, study)
+        check(settings, large)
+        return known
+
+    monkeypatch.setattr(enrolment, "_checked_data", overtaken)
+    enrol(site, small, EnrolRequest(small.digest))
+    assert open_study(site, small).cohort.images.shape[2:] == (28, 28)
+
+
 def test_an_enrolment_tells_the_newest_attempt_that_the_site_served(site: SiteSettings) -> None:
     """The server begins after it: an attempt is never served twice, also when the server forgets."""
     study, settings = secure_study(), member(site)
@@ -253,7 +300,7 @@ def test_an_enrolment_tells_the_newest_attempt_that_the_site_served(site: SiteSe
         study,
         load_member(settings, Policy.load(settings.folder)),
         settings.study_folder(study.digest),
-        lambda: open_accountant(settings, study),
+        lambda: open_accountant(settings, study, read_enrolled(settings, study)),
     )
     for number in (3, 8):
         advertise_keys(at, AdvertiseKeysRequest(study.digest, number))

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from client import ledger, ledger_file
 from client.ledger import FILE_NAME, HEAD_FILE, DataSet, Ledger, Line, Release, create, data_set_of, ledger_key
 from common.errors import LedgerError, OverBudget
+from common.files import locked
 from common.privacy import accounting
 from common.privacy.accounting import Budget, History, Mechanism, num_steps
 from tests.strategies import mechanisms
@@ -238,7 +239,7 @@ def test_a_budget_is_kept_for_every_patient_over_data_sets_and_studies(tmp_path:
     for names in (["ben"], ["dora", "ben"], list(NAMES)):
         before = contents(tmp_path)
         with pytest.raises(
-            OverBudget, match="Round 1 of phantom .* /data to epsilon .* at delta 1e-05.* allows"
+            OverBudget, match="Another round of phantom .* /data to epsilon .* at delta 1e-05.* allows"
         ) as raised:
             held.charge(patients(*names), release(Mechanism(1.0, 3.0, 1), "f" * 64), budget)
         assert contents(tmp_path) == before  # nothing was written
@@ -1073,7 +1074,7 @@ def charge_without_rights(folder: str, report: str) -> None:
         (0o555, 0o444, 0o444, 0o666, "ledger.db"),
         (0o555, 0o000, 0o444, 0o666, "ledger.db"),
         (0o777, 0o444, 0o444, 0o666, "ledger.db"),
-        (0o777, 0o666, 0o000, 0o666, "ledger-head.json"),
+        (0o777, 0o660, 0o000, 0o666, "ledger.db"),
         (0o000, 0o666, 0o444, 0o666, "ledger.db"),
     ],
 )
@@ -1140,3 +1141,38 @@ def test_a_moved_folder_is_the_same_ledger(altered: Path, tmp_path: Path) -> Non
         shutil.move(altered / name, moved / name)
     assert Ledger(moved, KEY).lines() == lines
     charge(moved, ONE)
+
+
+# ---------------------------------------------------------------- who is who, and who may write
+
+
+@pytest.mark.parametrize("other", ["sub-01", " 01", "01 ", "sub-01 "])
+def test_a_patient_is_the_same_however_the_id_was_found(other: str, tmp_path: Path) -> None:
+    one, two = (data_set_of(bytes(32), tmp_path, [text, "x"]) for text in ("01", other))
+    assert one.digest == two.digest and one.patients == two.patients
+
+
+def test_accents_are_the_same_in_both_forms_of_unicode_and_other_ids_are_others(tmp_path: Path) -> None:
+    ids = ["Zo\u00eb", "Zoe\u0308", "Zoe", "zo\u00eb", "subs-Zo\u00eb"]
+    digests = [data_set_of(bytes(32), tmp_path, [text]).digest for text in ids]
+    assert digests[0] == digests[1] and len(set(digests)) == 4
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, HEAD_FILE])
+def test_a_file_that_everyone_may_write_proves_nothing(name: str, tmp_path: Path) -> None:
+    create(tmp_path)
+    (tmp_path / name).chmod(0o666)
+    with pytest.raises(LedgerError, match="Everyone may write"):
+        Ledger(tmp_path, bytes(32)).lines()
+    (tmp_path / name).chmod(0o600)
+    assert Ledger(tmp_path, bytes(32)).lines() == ()
+
+
+def test_a_process_that_stopped_while_it_held_the_ledger_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(tmp_path)
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.2)
+    with locked(tmp_path / "ledger.lock"), pytest.raises(LedgerError, match="is locked: another process"):
+        Ledger(tmp_path, bytes(32)).lines()
+    assert Ledger(tmp_path, bytes(32)).lines() == ()

@@ -65,7 +65,7 @@ def refused(
     *,
     settings: SiteSettings = SETTINGS,
     signature: bytes = b"",
-    histories: Sequence[History] = ((),),
+    histories: Sequence[History] | None = ((),),
     spent_here: History = (),
 ) -> list[str]:
     """Names of the rules that refuse. Every answer lists all rules, each with a sentence."""
@@ -255,9 +255,9 @@ def test_steps_that_this_study_has_charged_are_not_paid_twice() -> None:
 def test_the_budget_is_not_asked_where_no_history_is_given_and_all_else_is() -> None:
     tiny = policy_of(data=(data_of(epsilon=0.01),))
     assert refused(tiny) == ["budget"]
-    assert refused(tiny, histories=()) == []
-    assert refused(tiny.model_copy(update={"study_digests": ()}), histories=()) == ["study"]
-    assert refused(policy_of(data=()), histories=()) == ["data", "delta", "budget"]
+    assert refused(tiny, histories=None) == []
+    assert refused(tiny.model_copy(update={"study_digests": ()}), histories=None) == ["study"]
+    assert refused(policy_of(data=()), histories=None) == ["data", "delta", "budget"]
 
 
 def test_the_budget_says_what_is_spent_and_what_it_would_be() -> None:

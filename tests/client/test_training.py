@@ -236,6 +236,35 @@ def test_a_round_that_was_stopped_goes_on_under_its_own_charge(stopped_after: in
     assert spent(tmp_path) == 4
 
 
+def test_a_stopped_round_does_not_go_on_with_patients_who_were_not_charged(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    request = request_of(at.study, 1)
+    with pytest.raises(KeyboardInterrupt), progress.listening(stop_after(1, KeyboardInterrupt)):
+        train_round(at, request)
+    others = replace(cohort_of(), patient_ids=tuple(f"newcomer-{number}" for number in range(8)))
+    with_others = site_of(tmp_path, cohort=others)
+    made: list[int] = []
+    with progress.listening(lambda done, total: made.append(done)):
+        train_round(with_others, request)
+    assert made == [1, 2]  # from its beginning, under a charge of its own
+    first, second = Ledger(tmp_path, KEY).lines()
+    assert first.data_set != second.data_set
+    assert with_others.accountant is not None
+    (history,) = Ledger(tmp_path, KEY).histories(with_others.accountant.data_set.patients)
+    assert num_steps(history) == 2
+
+
+def test_an_update_that_has_left_stays_so_when_the_next_one_was_never_saved_and_is_given_up(tmp_path: Path) -> None:
+    at = site_of(tmp_path)
+    first = train_round(at, request_of(at.study, 1))
+    updates.note_left(tmp_path, first.id)
+    updates.note_made(tmp_path, "another")  # killed before its state was saved
+    updates.give_up(tmp_path)
+    assert not updates.read(tmp_path).pending
+    assert (train_round(at, request_of(at.study, 1)).vector != first.vector).any()
+    assert spent(tmp_path) == 4
+
+
 def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 5 of 6 steps are spent: a round of two becomes a round of one.
     at = site_of(tmp_path)

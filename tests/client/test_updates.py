@@ -37,7 +37,7 @@ def test_every_note_keeps_what_the_other_said(notes: list[tuple[str, str]]) -> N
                 expected = Updates(expected.made, update)
             else:
                 give_up(Path(name))
-                expected = Updates(expected.made, expected.made)
+                expected = Updates(expected.left, expected.left)
         assert read(Path(name)) == expected
 
 

@@ -111,7 +111,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import app, secure_round
-from client.enrolled import Enrolled, note_enrolled, open_accountant
+from client.enrolled import Enrolled, data_settings, note_enrolled, open_accountant, read_enrolled
 from client.identity import load_member
 from client.policy import Policy
 from client.settings import SiteSettings
@@ -132,7 +132,8 @@ roster = simulated_roster(folders)
 for name, folder in folders.items():
     settings = SiteSettings(name=name, data=folder / "images", folder=folder)
     allow(settings, study, roster)
-    note_enrolled(settings, study, Enrolled("prepared", "run", ""))  # as if its images had been checked
+    # As if its images had been checked.
+    note_enrolled(settings, study, Enrolled("prepared", "run", "", data_settings(settings)))
 
 def ask(name, request):
     message = Message(wire.pack(request), 1, wire.action(request))
@@ -146,7 +147,8 @@ def ask(name, request):
 def mask(name, request):
     settings = SiteSettings.load(folders[name])
     member, folder = load_member(settings, Policy.load(settings.folder)), settings.study_folder(study.digest)
-    at = secure_round.SecureSite(study, member, folder, lambda: open_accountant(settings, study))
+    enrolled = read_enrolled(settings, study)
+    at = secure_round.SecureSite(study, member, folder, lambda: open_accountant(settings, study, enrolled))
     return secure_round.masked_input(at, request, lambda train: MadeUpdate(1, np.full(3, 0.25, np.float32), "update"))
 
 handled = []

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.accountant import open_ledger
 from client.ledger import Release
 from client.policy import Policy
 from client.settings import SiteSettings
+from client.statement import sign_statement
 from common.config import StudyConfig
 from common.privacy import accounting
 from common.privacy.accounting import Budget, Mechanism
@@ -165,6 +167,17 @@ def test_a_statement_that_was_altered_is_refused(change: str, site: Path, tmp_pa
         out.unlink()
     result = synthward("ledger", "verify", site, "--statement", out)
     assert (result.status, "Traceback" in result.err) == (2, False)
+
+
+def test_a_statement_that_somebody_else_signed_is_refused(site: Path, run: Run, tmp_path: Path) -> None:
+    """A stranger can sign fewer lines, or any: only this site's own key counts."""
+    statement = sign_statement("north", Ed25519PrivateKey.generate(), open_ledger(site), None)
+    (tmp_path / "forged.json").write_text(json.dumps(statement))
+    result = synthward("ledger", "verify", site, "--statement", tmp_path / "forged.json")
+    assert (result.status, "another site or key" in result.err) == (2, True)
+    south = run.folder / "sites" / "south"
+    synthward("ledger", "export", south, "--out", tmp_path / "south.json")
+    assert synthward("ledger", "verify", site, "--statement", tmp_path / "south.json").status == 2
 
 
 # ---------------------------------------------------------------- plan

@@ -71,7 +71,7 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
         history, earlier = ledger.history_of(study.digest), _of_other_studies(ledger, study)
         if (folder / STATE_FILE).exists() and not history:
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
-        spent = ledger.histories(data_set(settings, prepared).patients)
+        spent = ledger.read().histories(data_set(settings, prepared).patients)
         check(policy, settings, study, request.signature, spent, spent_here=history)
     note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex(), data_settings(settings)))
     if member is not None:

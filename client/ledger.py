@@ -42,7 +42,7 @@ FILE_NAME, HEAD_FILE, LOCK_FILE = "ledger.db", "ledger-head.json", "ledger.lock"
 FIRST_HASH = "0" * 64
 LOCK_SECONDS = 60.0  # a charge takes one at most: whoever holds the lock for longer has stopped
 CLOCK_TOLERANCE = timedelta(minutes=10)
-_TRACES = ("state.pt", "accountant.json")  # what training leaves in a study's folder
+_TRACE = "state.pt"  # what training leaves in a study's folder
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def create(folder: Path) -> None:
                     f"{found} is there already, and a ledger is never made anew.",
                     "Keep it. Only if making it was interrupted and this site never trained, delete it and try again.",
                 )
-        if any(found for name in _TRACES for found in folder.glob(f"studies/*/{name}")):
+        if any(folder.glob(f"studies/*/{_TRACE}")):
             raise LedgerError(f"This site has trained before, and {path} is missing.", RESTORE)
         try:
             ledger_file.make(path)
@@ -160,34 +160,22 @@ class Ledger:
         self._path, self._head, self._lock = folder / FILE_NAME, folder / HEAD_FILE, folder / LOCK_FILE
         self._key = key
 
-    def lines(self) -> tuple[Line, ...]:
-        """Every line, oldest first.
+    def read(self) -> "Book":
+        """The whole ledger as it is now.
 
         Raises:
             LedgerError: the ledger cannot be used; says why. So do all the others.
         """
         with self._opened() as (_, book):
-            return book.lines
+            return book
 
-    def data_sets(self) -> tuple[DataSet, ...]:
-        """Every data set that anything was spent on, oldest first, with the folder where it was last."""
-        with self._opened() as (_, book):
-            folders = {line.data_set: line.folder for line in book.lines}
-            return tuple(DataSet(digest, folder, book.members[digest]) for digest, folder in folders.items())
+    def lines(self) -> tuple[Line, ...]:
+        """Every line, oldest first."""
+        return self.read().lines
 
     def history_of(self, study_digest: str) -> History:
         """What was spent in one study."""
         return _history(line for line in self.lines() if line.study_digest == study_digest)
-
-    def histories(self, patients: frozenset[str]) -> tuple[History, ...]:
-        """What was spent on these patients of a data set: a history for each group of them with the same lines.
-
-        Returns:
-            Most steps first. ``((),)`` when nothing was spent on any of them.
-        """
-        with self._opened() as (_, book):
-            found = {book.history(data_sets) for data_sets in book.groups(patients)} or {()}
-        return tuple(sorted(found, key=lambda history: (-accounting.num_steps(history), str(history))))
 
     def charge(self, data_set: DataSet, release: Release, budget: Budget) -> Line:
         """Write down a release before it is made, if the budget allows it for every patient.
@@ -217,7 +205,7 @@ class Ledger:
             self._check_budget(book, data_set, release, budget)
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[sqlite3.Connection, "_Book"]]:
+    def _opened(self) -> Iterator[tuple[sqlite3.Connection, "Book"]]:
         """The verified ledger inside a transaction; one process at a time."""
         with ledger_file.failures_named(self._path):
             self._refuse_missing()
@@ -243,7 +231,7 @@ class Ledger:
             if writable_by_everyone(path):
                 raise LedgerError(f"Everyone may write {path}, so it proves nothing.", f"chmod 600 {path}")
 
-    def _verified(self, db: sqlite3.Connection) -> "_Book":
+    def _verified(self, db: sqlite3.Connection) -> "Book":
         lines = [Line(*row) for row in db.execute(_SELECT_LINES)]
         members: dict[str, set[str]] = defaultdict(set)
         for data_set, patient in db.execute("SELECT data_set, patient FROM member"):
@@ -255,7 +243,7 @@ class Ledger:
             lines.append(newest)
             members[newest.data_set].update(patients)
         self._check_members(lines, members)
-        return _Book(tuple(lines), {line.data_set: frozenset(members[line.data_set]) for line in lines}, unwritten)
+        return Book(tuple(lines), {line.data_set: frozenset(members[line.data_set]) for line in lines}, unwritten)
 
     def _check_chain(self, lines: Sequence[Line]) -> None:
         previous = FIRST_HASH
@@ -311,7 +299,7 @@ class Ledger:
             raise LedgerError(f"{self._head} is damaged or was altered.", RESTORE)
         return line, patients or frozenset()
 
-    def _check_budget(self, book: "_Book", data_set: DataSet, release: Release, budget: Budget) -> None:
+    def _check_budget(self, book: "Book", data_set: DataSet, release: Release, budget: Budget) -> None:
         own = frozenset({data_set.digest})
         groups = {group | own for group in book.groups(data_set.patients)} or {own}
         for group in groups:
@@ -361,7 +349,7 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class _Book:
+class Book:
     """A whole ledger, verified.
 
     Args:
@@ -373,6 +361,20 @@ class _Book:
     lines: tuple[Line, ...]
     members: Mapping[str, frozenset[str]]
     unwritten: bool
+
+    def data_sets(self) -> tuple[DataSet, ...]:
+        """Every data set that anything was spent on, oldest first, with the folder where it was last."""
+        folders = {line.data_set: line.folder for line in self.lines}
+        return tuple(DataSet(digest, folder, self.members[digest]) for digest, folder in folders.items())
+
+    def histories(self, patients: frozenset[str]) -> tuple[History, ...]:
+        """What was spent on these patients of a data set: a history for each group of them with the same lines.
+
+        Returns:
+            Most steps first. ``((),)`` when nothing was spent on any of them.
+        """
+        found = {self.history(data_sets) for data_sets in self.groups(patients)} or {()}
+        return tuple(sorted(found, key=lambda history: (-accounting.num_steps(history), str(history))))
 
     def groups(self, patients: frozenset[str]) -> set[frozenset[str]]:
         """The data sets that each patient is in; every combination once."""

@@ -15,7 +15,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from client.ledger import Ledger, Line
+from client.ledger import Book, Ledger, Line
 from client.policy import Policy
 from common.errors import ConfigError, LedgerError, PolicyError
 from common.privacy import accounting
@@ -93,20 +93,19 @@ class DataSetSpent:
         }
 
 
-def spent_on(ledger: Ledger, policy: Policy | None) -> tuple[DataSetSpent, ...]:
-    """What was spent on each data set of the ledger, in the order of their first lines. Raises LedgerError.
+def spent_on(book: Book, policy: Policy | None) -> tuple[DataSetSpent, ...]:
+    """What was spent on each data set of the ledger, in the order of their first lines.
 
     Args:
-        ledger: the site's.
+        book: the site's whole ledger.
         policy: the site's, for the budgets; None when it cannot be read.
     """
-    lines = ledger.lines()
     found = []
-    for data_set in ledger.data_sets():
+    for data_set in book.data_sets():
         budget = _budget(policy, Path(data_set.folder))
         delta = budget.delta if budget else NO_BUDGET_DELTA
-        epsilon = max(accounting.epsilon(history, delta) for history in ledger.histories(data_set.patients))
-        studies = _by_study([line for line in lines if line.data_set == data_set.digest], delta)
+        epsilon = max(accounting.epsilon(history, delta) for history in book.histories(data_set.patients))
+        studies = _by_study([line for line in book.lines if line.data_set == data_set.digest], delta)
         found.append(
             DataSetSpent(data_set.digest, data_set.folder, len(data_set.patients), budget, delta, epsilon, studies)
         )
@@ -137,14 +136,14 @@ def _by_study(lines: Sequence[Line], delta: float) -> tuple[StudySpent, ...]:
 
 def sign_statement(site: str, identity: Ed25519PrivateKey, ledger: Ledger, policy: Policy | None) -> dict[str, Any]:
     """Everything the ledger holds, signed. It names no patient, and no digest of one."""
-    lines = ledger.lines()
+    book = ledger.read()
     content = {
         "version": 1,
         "site": site,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "public_key": identity.public_key().public_bytes_raw().hex(),
-        "lines": [asdict(line) for line in lines],
-        "data_sets": [spent.to_json() for spent in spent_on(ledger, policy)],
+        "lines": [asdict(line) for line in book.lines],
+        "data_sets": [spent.to_json() for spent in spent_on(book, policy)],
     }
     return {**content, "signature": identity.sign(_signed(content)).hex()}
 

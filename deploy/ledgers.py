@@ -24,7 +24,7 @@ def show(folder: Path, *, as_json: bool) -> None:
     """Print what is spent and left, by data set and study. Raises SiteError, LedgerError."""
     settings = SiteSettings.load(folder)
     policy, trouble = _policy(folder)
-    data_sets = spent_on(open_ledger(folder), policy)
+    data_sets = spent_on(open_ledger(folder).read(), policy)
     if as_json:
         worst = max(data_sets, key=lambda found: found.epsilon, default=None)
         spent = {"epsilon": worst.epsilon, "delta": worst.delta} if worst else {"epsilon": 0.0, "delta": None}
@@ -128,7 +128,7 @@ def spent_histories(settings: SiteSettings) -> tuple[History, ...]:
     if settings.patients is not None:
         patients = tuple(sorted(set(patients) & set(settings.patients)))
     key = ledger_key(cohort.holdout_key(settings.folder))
-    return open_ledger(settings.folder).histories(data_set_of(key, settings.data, patients).patients)
+    return open_ledger(settings.folder).read().histories(data_set_of(key, settings.data, patients).patients)
 
 
 def _policy(folder: Path) -> tuple[Policy | None, str]:

@@ -92,9 +92,9 @@ def assert_refused(folder: Path, cause: str, key: bytes = KEY) -> None:
     before, held, data_set = contents(folder), Ledger(folder, key), data_set_of(key, Path("/data"), NAMES)
     calls: list[Callable[[], object]] = [
         held.lines,
-        held.data_sets,
+        held.read,
         lambda: held.history_of(STUDY),
-        lambda: held.histories(data_set.patients),
+        lambda: held.read().histories(data_set.patients),
         lambda: held.charge(data_set, release(), PLENTY),
     ]
     for call in calls:
@@ -110,9 +110,9 @@ def assert_refused(folder: Path, cause: str, key: bytes = KEY) -> None:
 
 def test_a_new_ledger_has_no_lines(tmp_path: Path) -> None:
     held = new_ledger(tmp_path)
-    assert held.lines() == () and held.data_sets() == () and held.history_of(STUDY) == ()
-    assert held.histories(ALL.patients) == ((),)
-    assert held.histories(frozenset()) == ((),)
+    assert held.lines() == () and held.read().data_sets() == () and held.history_of(STUDY) == ()
+    assert held.read().histories(ALL.patients) == ((),)
+    assert held.read().histories(frozenset()) == ((),)
 
 
 def test_a_line_says_what_was_released_and_is_on_disk_when_the_charge_returns(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_any_text_is_a_patient_and_any_bytes_are_a_folder(tmp_path: Path) -> Non
     data_set = data_set_of(KEY, folder, names)
     assert len(data_set.patients) == 5
     assert held.charge(data_set, release(), PLENTY).folder == "/data/\\xff"
-    assert Ledger(tmp_path, KEY).data_sets() == (data_set,)
+    assert Ledger(tmp_path, KEY).read().data_sets() == (data_set,)
 
 
 def test_charges_add_up_and_survive(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_charges_add_up_and_survive(tmp_path: Path) -> None:
     assert second.history_of(STUDY) == (Mechanism(0.25, 3.0, 20), OTHER)
     assert second.history_of(OTHER_STUDY) == (OTHER,)
     assert second.history_of("f" * 64) == ()
-    assert second.histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20), Mechanism(0.5, 4.0, 2)),)
+    assert second.read().histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20), Mechanism(0.5, 4.0, 2)),)
 
 
 def test_whole_numbers_are_the_same_mechanism(tmp_path: Path) -> None:
@@ -198,32 +198,32 @@ def test_a_data_set_without_patients_has_a_budget_too(tmp_path: Path) -> None:
 def test_the_same_patients_in_a_copied_folder_share_what_was_spent(tmp_path: Path) -> None:
     held, copy = new_ledger(tmp_path), patients(*NAMES, folder="/copy")
     held.charge(ALL, release(), PLENTY)
-    assert held.histories(copy.patients) == ((ONE,),)
+    assert held.read().histories(copy.patients) == ((ONE,),)
     held.charge(copy, release(), PLENTY)
-    assert held.histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20),),)
-    assert held.data_sets() == (copy,)  # one data set; its images were last seen in the copy
+    assert held.read().histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20),),)
+    assert held.read().data_sets() == (copy,)  # one data set; its images were last seen in the copy
     assert [line.folder for line in held.lines()] == ["/data", "/copy"]
 
 
 def test_one_patient_more_is_another_data_set_and_the_others_keep_what_was_spent(tmp_path: Path) -> None:
     held, more = new_ledger(tmp_path), patients(*NAMES, "fay")
     held.charge(ALL, release(), PLENTY)
-    assert held.histories(more.patients) == ((ONE,), ())  # nothing was spent on fay
+    assert held.read().histories(more.patients) == ((ONE,), ())  # nothing was spent on fay
     held.charge(more, release(), PLENTY)
-    assert held.histories(more.patients) == ((Mechanism(0.25, 3.0, 20),), (ONE,))
-    assert held.histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20),),)
-    assert held.histories(patients("fay").patients) == ((ONE,),)
-    assert held.data_sets() == (ALL, more)
+    assert held.read().histories(more.patients) == ((Mechanism(0.25, 3.0, 20),), (ONE,))
+    assert held.read().histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20),),)
+    assert held.read().histories(patients("fay").patients) == ((ONE,),)
+    assert held.read().data_sets() == (ALL, more)
 
 
 def test_disjoint_data_sets_share_nothing(tmp_path: Path) -> None:
     held = new_ledger(tmp_path)
     held.charge(patients("anna", "ben"), release(ONE), PLENTY)
     held.charge(patients("cleo"), release(OTHER), PLENTY)
-    assert held.histories(patients("anna", "ben").patients) == ((ONE,),)
-    assert held.histories(patients("cleo").patients) == ((OTHER,),)
-    assert held.histories(patients("dora").patients) == ((),)
-    assert held.histories(ALL.patients) == ((ONE,), (OTHER,), ())
+    assert held.read().histories(patients("anna", "ben").patients) == ((ONE,),)
+    assert held.read().histories(patients("cleo").patients) == ((OTHER,),)
+    assert held.read().histories(patients("dora").patients) == ((),)
+    assert held.read().histories(ALL.patients) == ((ONE,), (OTHER,), ())
 
 
 def budget_of(steps: int) -> Budget:
@@ -267,7 +267,7 @@ def test_every_history_survives_exactly(charges: list[Mechanism], tmp_path: Path
             charge(Path(name), mechanism)
             expected = accounting.append(expected, mechanism)
             assert Ledger(Path(name), KEY).history_of(STUDY) == expected
-            assert Ledger(Path(name), KEY).histories(ALL.patients) == (expected,)
+            assert Ledger(Path(name), KEY).read().histories(ALL.patients) == (expected,)
 
 
 some_patients = st.sets(st.sampled_from(NAMES), min_size=1)
@@ -298,7 +298,7 @@ def test_any_sequence_of_charges_is_what_a_list_for_each_patient_says(
             else:
                 with pytest.raises(OverBudget):
                     held.charge(data_set, release(mechanism, study), budget)
-            assert set(held.histories(patients(*asked).patients)) == {spent[each] for each in asked}
+            assert set(held.read().histories(patients(*asked).patients)) == {spent[each] for each in asked}
         assert {study: held.history_of(study) for study in studies} == studies
 
 
@@ -337,10 +337,9 @@ def test_it_is_never_made_anew(gone: tuple[str, ...], tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("trace", ["state.pt", "accountant.json"])
-def test_a_site_that_has_trained_gets_no_empty_one(trace: str, tmp_path: Path) -> None:
+def test_a_site_that_has_trained_gets_no_empty_one(tmp_path: Path) -> None:
     (tmp_path / "studies" / "0123").mkdir(parents=True)
-    (tmp_path / "studies" / "0123" / trace).touch()
+    (tmp_path / "studies" / "0123" / "state.pt").touch()
     with pytest.raises(LedgerError, match="has trained before, and .*ledger.db is missing"):
         create(tmp_path)
     assert contents(tmp_path) == {}
@@ -501,7 +500,10 @@ def test_any_damage_is_found_or_harmless(name: str, place: int, change: int, who
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         restore(Path(folder), {**contents(whole), name: bytes(content)}, FILE_NAME, HEAD_FILE)
         try:
-            lines, histories = Ledger(Path(folder), KEY).lines(), Ledger(Path(folder), KEY).histories(ALL.patients)
+            lines, histories = (
+                Ledger(Path(folder), KEY).lines(),
+                Ledger(Path(folder), KEY).read().histories(ALL.patients),
+            )
         except LedgerError:
             return
         assert [line.mechanism for line in lines] == [ONE, OTHER, OTHER]
@@ -719,7 +721,7 @@ def test_an_older_copy_of_the_file_is_found_and_of_the_head_too(data_set: DataSe
         assert_refused(tmp_path, f"is an older copy: it ends at line {number}, and ledger-head.json at line 4")
     restore(tmp_path, copies[2], FILE_NAME)  # one line: as after a crash, and the head has that line
     assert Ledger(tmp_path, KEY).lines() == lines
-    assert set(Ledger(tmp_path, KEY).data_sets()) == {ALL, data_set}
+    assert set(Ledger(tmp_path, KEY).read().data_sets()) == {ALL, data_set}
     for number in (1, 2, 3):
         restore(tmp_path, newest, FILE_NAME)
         restore(tmp_path, copies[number - 1], HEAD_FILE)
@@ -972,7 +974,7 @@ def test_a_crash_between_head_and_line_counts_the_line(num_lines: int, processes
     assert processes.run(die_around_the_head, tmp_path, "after") == -signal.SIGKILL
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
         assert db.execute("SELECT COUNT(*) FROM line").fetchone() == (num_lines,)
-    assert held.histories(patients("fay").patients) == ((OTHER,),)
+    assert held.read().histories(patients("fay").patients) == ((OTHER,),)
     (newest,) = charge(tmp_path, ONE)
     assert (newest.number, newest.previous) == (num_lines + 2, held.lines()[-2].hash)
     assert held.history_of(STUDY)[-2:] == (OTHER, ONE)
@@ -1120,9 +1122,9 @@ def test_processes_at_once_lose_no_charge(processes: Processes, tmp_path: Path) 
     held = new_ledger(tmp_path)
     assert processes.run(charge_in_three, tmp_path, 10) == 0
     assert len(held.lines()) == num_steps(held.history_of(STUDY)) == 30
-    assert [num_steps(history) for history in held.histories(patients("anna").patients)] == [30]
+    assert [num_steps(history) for history in held.read().histories(patients("anna").patients)] == [30]
     for child in range(3):
-        assert [num_steps(history) for history in held.histories(patients(str(child)).patients)] == [10]
+        assert [num_steps(history) for history in held.read().histories(patients(str(child)).patients)] == [10]
 
 
 def test_two_at_once_cannot_overwrite_each_other(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_a_stopped_round_does_not_go_on_with_patients_who_were_not_charged(tmp_p
     first, second = Ledger(tmp_path, KEY).lines()
     assert first.data_set != second.data_set
     assert with_others.accountant is not None
-    (history,) = Ledger(tmp_path, KEY).histories(with_others.accountant.data_set.patients)
+    (history,) = Ledger(tmp_path, KEY).read().histories(with_others.accountant.data_set.patients)
     assert num_steps(history) == 2
 
 

@@ -171,7 +171,7 @@ def test_nothing_planted_is_in_what_the_coordinator_is_told(left: Left) -> None:
 def test_no_digest_of_a_patient_or_of_a_data_set_leaves(left: Left) -> None:
     """They are keyed, and still tell whether two runs had the same patients."""
     for site in ("north", "south"):
-        for data_set in open_ledger(left.run / "sites" / site).data_sets():
+        for data_set in open_ledger(left.run / "sites" / site).read().data_sets():
             for digest in (data_set.digest, *data_set.patients):
                 for content in (left.sent, *left.public.values()):
                     assert digest.encode() not in content and bytes.fromhex(digest) not in content

@@ -33,7 +33,7 @@ def site(run: Run, tmp_path: Path) -> Path:
 def spend_more(site: Path, study: str = "another") -> None:
     """Another study of the same patients."""
     ledger = open_ledger(site)
-    (data_set,) = ledger.data_sets()
+    (data_set,) = ledger.read().data_sets()
     ledger.charge(data_set, Release("ab" * 32, study, "run", 1, MORE, 1.0), Budget(100.0, 1e-5))
 
 
@@ -142,7 +142,7 @@ def test_a_statement_is_signed_and_names_no_patient(site: Path, tmp_path: Path) 
     content = json.loads(out.read_bytes())
     assert (content["site"], len(content["lines"])) == ("north", 2)
     assert content["data_sets"] == shown(site)["data_sets"]
-    members = {patient for data_set in open_ledger(site).data_sets() for patient in data_set.patients}
+    members = {patient for data_set in open_ledger(site).read().data_sets() for patient in data_set.patients}
     text = out.read_text().replace(str(SiteSettings.load(site).data), "")  # the folder is named, on purpose
     assert len(members) > 20 and not [patient for patient in members if patient in text]
     assert MARK not in text

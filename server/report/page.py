@@ -102,6 +102,7 @@ def _privacy(run: RunRecord, study: StudyConfig, metrics: Sequence[dict[str, Any
         "over_target": [site for site in private if (site.epsilon or 0.0) > study.privacy.epsilon],
         "large_delta": [site.name for site in private if (site.delta or 0.0) * 10 * site.patients_trained > 1],
         "worst": max(private, key=lambda site: site.epsilon or 0.0, default=None),
+        "pair_epsilon": sum(sorted(site.epsilon or 0.0 for site in private)[-2:]),
         "sum_epsilon": sum(site.epsilon or 0.0 for site in private),
         "sum_delta": sum(site.delta or 0.0 for site in private),
         "budgets": [site for site in run.sites if site.budget is not None],

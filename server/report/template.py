@@ -112,6 +112,7 @@ crash can over-count and never under-count</td></tr>
 <div class="panel"><h3>What is not protected</h3><ul class="plain">
 <li>That a site takes part, and its contracted number of patients.</li>
 <li>A patient known at several sites: there the sites' epsilons and deltas add up (group privacy)
+{%- if run.sites | length > 2 %}, at two of them to ε = {{ pair_epsilon | epsilon }} at most{% endif %}
 {%- if run.sites | length > 1 %}, at all {{ run.sites | length }} sites to ε = {{ sum_epsilon | epsilon }} at
 δ = {{ sum_delta | number }}{% endif %}.</li>
 <li>What a site has spent in other studies on the same patients: it comes on top, as the

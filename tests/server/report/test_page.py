@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import ConfigError
 from server import record
-from server.record import RunRecord
+from server.record import BudgetRecord, RunRecord
 from server.report.page import write_report
 from server.report.words import epsilon_text
 from tests.server.report.runs import STEPS, Page, line, make_run, save, spent, warm
@@ -39,6 +39,20 @@ def test_the_figures_appear(tmp_path: Path) -> None:
         "contracted_patients] north = 200",
     ):
         assert expected in page.text, expected
+
+
+def test_each_sites_budget_is_shown_with_what_was_spent_before_here_and_after(tmp_path: Path) -> None:
+    run = make_run(("north", "south", "west"))
+    for site, (before, budget) in zip(run.sites, ((1.2341, 8.0), (0.0, 4.0)), strict=False):
+        site.budget = BudgetRecord(epsilon=budget, delta=1e-6, spent_before=before, spent_here=3.5, spent_after=4.2)
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert "north 1.235 3.500 4.200 8 1e-6" in page.text  # rounded up
+    assert "south 0.000 3.500 4.200 4 1e-6" in page.text
+    pair, all_three = epsilon_text(2 * spent(3 * STEPS)), epsilon_text(3 * spent(3 * STEPS))
+    assert f"at two of them to ε = {pair} at most, at all 3 sites to ε = {all_three} at δ = 3e-5" in page.text
+    save(tmp_path, make_run())
+    assert "The sites' budgets" not in Page.of(tmp_path).text  # none of them told one
 
 
 def test_secure_aggregation_is_told_as_sums_only(tmp_path: Path) -> None:

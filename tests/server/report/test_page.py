@@ -51,8 +51,11 @@ def test_each_sites_budget_is_shown_with_what_was_spent_before_here_and_after(tm
     assert "south 0.000 3.500 4.200 4 1e-6" in page.text
     pair, all_three = epsilon_text(2 * spent(3 * STEPS)), epsilon_text(3 * spent(3 * STEPS))
     assert f"at two of them to ε = {pair} at most, at all 3 sites to ε = {all_three} at δ = 3e-5" in page.text
+
+
+def test_without_budgets_there_is_no_table_of_them(tmp_path: Path) -> None:
     save(tmp_path, make_run())
-    assert "The sites' budgets" not in Page.of(tmp_path).text  # none of them told one
+    assert "The sites' budgets" not in Page.of(tmp_path).text
 
 
 def test_secure_aggregation_is_told_as_sums_only(tmp_path: Path) -> None:

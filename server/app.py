@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     study = StudyConfig.from_run_config(config)
     refused = dict(pair.split("=") for pair in str(config.get("run.refused_sites", "")).split(",") if pair)
-    signature = bytes.fromhex(str(config.get("run.study_signature", "")))
+    signature = _signature(str(config.get("run.study_signature", "")))
     device, resume = str(config["run.device"]), bool(config["run.resume"])
     try:
         run_study(study, FlowerChannel(grid), out, device, resume, refused, signature)
@@ -37,6 +37,15 @@ def main(grid: Grid, context: Context) -> None:
         _report_failure(out)
         raise
     write_report(out)
+
+
+def _signature(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise ConfigError(
+            "run.study_signature is no signature.", "Give what `synthward study sign` wrote into STUDY.toml.sig."
+        ) from None
 
 
 def _report_failure(out: Path) -> None:

@@ -64,6 +64,7 @@ class Scripted:
     spent: dict[str, int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     waited_seconds: float = 0.0
+    enrolments: list[EnrolRequest] = field(default_factory=list)
 
     def nodes(self, minimum: int, wanted: int, timeout_seconds: float) -> tuple[int, ...]:
         return tuple(range(2, 2 + len(self.names)))
@@ -80,6 +81,7 @@ class Scripted:
         name = self.names[node - 2]
         match request:
             case EnrolRequest():
+                self.enrolments.append(request)
                 history = planned(self.study, self.spent.get(name, 0))
                 budget = Budget(self.study.privacy.epsilon, self.study.privacy.delta)
                 own = budget if self.study.privacy.enabled else None

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.config import StudyConfig
 from common.errors import ConfigError, TooFewSurvivors
-from common.messages import Enrolment, LocalUpdate, Refusal, Reply, TrainRequest
+from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, TrainRequest
 from common.privacy import accounting
 from common.privacy.accounting import Budget, Mechanism
 from server import checkpoints, record
@@ -87,6 +87,16 @@ def test_another_study_cannot_take_over(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- enrolment
+
+
+def test_every_site_is_told_the_run_and_the_studys_signature(tmp_path: Path) -> None:
+    study = two_sites()
+    sites = Scripted(study)
+    facts = run_study(study, sites, tmp_path, "cpu", resume=False, signature=b"signed")
+    assert sites.enrolments == [EnrolRequest(study.digest, facts.run, b"signed")] * 2
+    assert len(facts.run) == 16
+    run_study(study, sites, tmp_path, "cpu", resume=True)
+    assert sites.enrolments[2:] == [EnrolRequest(study.digest, facts.run, b"")] * 2  # the same run goes on
 
 
 @pytest.mark.parametrize(

@@ -69,23 +69,16 @@ def decide(
     )
 
 
-def check(
-    policy: Policy,
-    settings: SiteSettings,
-    study: StudyConfig,
-    signature: bytes,
-    histories: Sequence[History] | None,
-    *,
-    spent_here: History = (),
-) -> None:
-    """Refuse a study that a rule of the policy refuses. Arguments as ``decide`` takes them.
+def refuse_unless_allowed(rules: Sequence[Rule]) -> None:
+    """Raise when a rule refuses.
+
+    Args:
+        rules: from ``decide``.
 
     Raises:
         OverBudget: only the budget refuses.
         PolicyError: other rules refuse; all of them are named.
-        ConfigError: no noise gives what the study promises.
     """
-    rules = decide(policy, settings, study, signature, histories, spent_here=spent_here)
     refused = [rule for rule in rules if not rule.allowed]
     if not refused:
         return

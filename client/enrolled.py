@@ -6,7 +6,7 @@ from typing import Any
 
 from client.accountant import SiteAccountant, open_ledger
 from client.data import cohort, slices
-from client.decision import check
+from client.decision import decide, refuse_unless_allowed
 from client.ledger import DataSet, data_set_of, ledger_key
 from client.policy import Policy
 from client.settings import SiteSettings
@@ -69,7 +69,7 @@ def open_accountant(settings: SiteSettings, study: StudyConfig, enrolled: Enroll
     """
     policy = Policy.load(settings.folder)
     # What a round costs is checked when it is charged; the whole plan was when the site enrolled.
-    check(policy, settings, study, bytes.fromhex(enrolled.signature), None)
+    refuse_unless_allowed(decide(policy, settings, study, bytes.fromhex(enrolled.signature), None))
     plan = make_plan(study)
     if plan is None:
         return None

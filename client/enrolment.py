@@ -9,7 +9,7 @@ from typing import Any
 from client.accountant import open_ledger
 from client.data import cohort, slices
 from client.data.inventory import take_inventory
-from client.decision import check
+from client.decision import decide, refuse_unless_allowed
 from client.enrolled import (
     HELD_OUT,
     PREPARED,
@@ -53,7 +53,7 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
     """
     study.contracted_split(settings.name)
     policy = Policy.load(settings.folder)
-    check(policy, settings, study, request.signature, ((),))  # refuses before the data are read
+    refuse_unless_allowed(decide(policy, settings, study, request.signature, ((),)))  # before the data are read
     member = load_member(settings, policy) if study.federation.aggregation == "secure" else None
     known = _checked_data(settings, study)
     if known["accepted_patients"] < policy.minimum_patients:
@@ -72,7 +72,7 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
         if (folder / STATE_FILE).exists() and not history:
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
         spent = ledger.read().histories(data_set(settings, prepared).patients)
-        check(policy, settings, study, request.signature, spent, spent_here=history)
+        refuse_unless_allowed(decide(policy, settings, study, request.signature, spent, spent_here=history))
     note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex(), data_settings(settings)))
     if member is not None:
         RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left

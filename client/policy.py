@@ -82,7 +82,7 @@ class Policy(_Table):
         algorithms: how may be trained.
         outputs: what may leave the site.
         largest_sampling_probability: of a patient at a step.
-        minimum_patients: the site takes part with no fewer contracted patients.
+        minimum_patients: the site takes part with no fewer patients, in the contract and in its data.
         data: the folders of images that may be used.
     """
 
@@ -256,7 +256,7 @@ _TEXT = """\
 
 # ---- With how many patients?
 
-# The smallest number of patients that a study's contract may state for this site. One of many is harder to single out.
+# The smallest number of patients, in a study's contract with this site and in its data: one of many is harder to find.
 {minimum_patients}
 
 # How likely each patient may be drawn for one step of training, at most: 0.5 is every second patient on average,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from client.decision import Rule, check, decide
+from client.decision import Rule, decide, refuse_unless_allowed
 from client.policy import FILE_NAME, DataPolicy, Policy, set_roster_digest
 from client.settings import SiteSettings
 from common.config import StudyConfig
@@ -84,7 +84,7 @@ def rule_of(name: str, policy: Policy, study: StudyConfig = STUDY, histories: Se
 
 def test_a_policy_that_allows_a_study_with_nothing_to_spare() -> None:
     assert refused(policy_of()) == []
-    check(policy_of(), SETTINGS, STUDY, b"", ((),))
+    refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", ((),)))
 
 
 def test_a_policy_that_lists_nothing_allows_nothing() -> None:
@@ -282,7 +282,7 @@ def test_the_budget_says_what_is_spent_and_what_it_would_be() -> None:
 
 def test_check_names_every_rule_that_refuses() -> None:
     with pytest.raises(PolicyError) as caught:
-        check(policy_of(study_digests=(), minimum_cohort=5), SETTINGS, STUDY, b"", ((),))
+        refuse_unless_allowed(decide(policy_of(study_digests=(), minimum_cohort=5), SETTINGS, STUDY, b"", ((),)))
     assert "(study)" in caught.value.message and "(cohort)" in caught.value.message
     assert "(roster)" not in caught.value.message
     assert caught.value.exit_status == 3
@@ -290,16 +290,16 @@ def test_check_names_every_rule_that_refuses() -> None:
 
 def test_over_budget_is_said_only_when_nothing_else_refuses() -> None:
     with pytest.raises(OverBudget, match=r"\(budget\)"):
-        check(policy_of(), SETTINGS, STUDY, b"", (EARLIER,))
+        refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", (EARLIER,)))
     with pytest.raises(PolicyError, match=r"\(study\).*\(budget\)"):
-        check(policy_of(study_digests=()), SETTINGS, STUDY, b"", (EARLIER,))
+        refuse_unless_allowed(decide(policy_of(study_digests=()), SETTINGS, STUDY, b"", (EARLIER,)))
 
 
 def test_check_pays_no_step_twice_either() -> None:
     spent = (steps_of(STUDY, 3),)
-    check(policy_of(), SETTINGS, STUDY, b"", (spent,), spent_here=spent)
+    refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", (spent,), spent_here=spent))
     with pytest.raises(OverBudget):
-        check(policy_of(), SETTINGS, STUDY, b"", (spent,))
+        refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", (spent,)))
 
 
 # ---------------------------------------------------------------- the file

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.data import cohort
-from client.ledger import DataSet, Ledger, Release, ledger_key
+from client.ledger import Ledger
+from client.ledger_lines import DataSet, Release, ledger_key
 from common.config import StudyConfig
 from common.errors import BudgetExhausted
 from common.privacy import accounting
@@ -38,7 +39,7 @@ class SiteAccountant:
     @property
     def history(self) -> History:
         """What this study has charged here so far."""
-        return self.ledger.history_of(self.study.digest)
+        return self.ledger.read().of_study(self.study.digest)
 
     def charge_round(self, number: int) -> int:
         """Charge the steps of a round that are about to be made. Returns how many there are.

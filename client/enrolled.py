@@ -7,7 +7,7 @@ from typing import Any
 from client.accountant import SiteAccountant, open_ledger
 from client.data import cohort, slices
 from client.decision import decide, refuse_unless_allowed
-from client.ledger import DataSet, data_set_of, ledger_key
+from client.ledger_lines import DataSet, data_set_of, ledger_key
 from client.policy import Policy
 from client.settings import SiteSettings
 from common.config import StudyConfig

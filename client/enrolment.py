@@ -22,7 +22,6 @@ from client.enrolled import (
     read_enrolled,
 )
 from client.identity import load_member
-from client.ledger import Ledger
 from client.policy import Policy
 from client.round_file import RoundFile, last_attempt
 from client.settings import SiteSettings
@@ -31,7 +30,7 @@ from common.config import StudyConfig
 from common.errors import LedgerError, PolicyError, SiteError
 from common.files import locked, write_atomically
 from common.messages import Enrolment, EnrolRequest
-from common.privacy.accounting import History, append
+from common.privacy.accounting import History
 from common.privacy.plan import check_delta, make_plan
 
 logger = logging.getLogger("synthward.site")
@@ -67,11 +66,11 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
     earlier: History = ()
     plan = make_plan(study)
     if plan is not None:
-        ledger = open_ledger(settings.folder)
-        history, earlier = ledger.history_of(study.digest), _of_other_studies(ledger, study)
+        book = open_ledger(settings.folder).read()
+        history, earlier = book.of_study(study.digest), book.of_other_studies(study.digest)
         if (folder / STATE_FILE).exists() and not history:
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
-        spent = ledger.read().histories(data_set(settings, prepared).patients)
+        spent = book.histories(data_set(settings, prepared).patients)
         refuse_unless_allowed(decide(policy, settings, study, request.signature, spent, spent_here=history))
     note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex(), data_settings(settings)))
     if member is not None:
@@ -102,15 +101,6 @@ def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
     folder = settings.study_folder(study.digest)
     prepared = slices.reopen(settings.folder / PREPARED / enrolled.prepared, name=TRAINING)
     return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device, accountant)
-
-
-def _of_other_studies(ledger: Ledger, study: StudyConfig) -> History:
-    """Every line of other studies, on whichever patients: which of them two data sets share is nobody's business."""
-    history: History = ()
-    for line in ledger.lines():
-        if line.study_digest != study.digest:
-            history = append(history, line.mechanism)
-    return history
 
 
 def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:

@@ -18,109 +18,28 @@ false pair: the signed export that the data protection officer keeps is the proo
 | two processes at once | the lines of both, one after the other |
 """
 
-import hashlib
-import hmac
 import json
 import os
 import sqlite3
-import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from client import ledger_file
 from client.ledger_file import RESTORE
+from client.ledger_lines import FIRST_HASH, Book, DataSet, Line, Release, canonical, digest_of, hash_of, is_whole
 from common.errors import LedgerError, OverBudget
 from common.files import locked, writable_by_everyone, write_atomically
 from common.privacy import accounting
-from common.privacy.accounting import Budget, History, Mechanism
+from common.privacy.accounting import Budget
 
 FILE_NAME, HEAD_FILE, LOCK_FILE = "ledger.db", "ledger-head.json", "ledger.lock"
-FIRST_HASH = "0" * 64
 LOCK_SECONDS = 60.0  # a charge takes one at most: whoever holds the lock for longer has stopped
 CLOCK_TOLERANCE = timedelta(minutes=10)
 _TRACE = "state.pt"  # what training leaves in a study's folder
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """The patients that a study trains on, known by keyed digests only.
-
-    Args:
-        digest: of all of them, hex; says nothing about the folder.
-        folder: where their images lie, for people.
-        patients: one digest each, hex.
-    """
-
-    digest: str
-    folder: str
-    patients: frozenset[str] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Release:
-    """What is about to be released.
-
-    Args:
-        study_digest: the study.
-        study_name: its name, for people.
-        run: the run of the study.
-        round: the round of the run.
-        mechanism: the steps about to be made.
-        clip_norm: the sensitivity of one step.
-    """
-
-    study_digest: str
-    study_name: str
-    run: str
-    round: int
-    mechanism: Mechanism
-    clip_norm: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One release on one data set. Numbers begin at 1, ``time`` is UTC in ISO 8601, ``hash`` covers all the others."""
-
-    number: int
-    time: str
-    study_digest: str
-    study_name: str
-    run: str
-    round: int
-    data_set: str
-    folder: str
-    sampling_probability: float
-    noise_multiplier: float
-    steps: int
-    clip_norm: float
-    previous: str
-    hash: str
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """What was released."""
-        return Mechanism(self.sampling_probability, self.noise_multiplier, self.steps)
-
-
-def ledger_key(holdout_key: bytes) -> bytes:
-    """The key of the patients' digests, 32 bytes, from the site's secret key: ``client.data.cohort.holdout_key``."""
-    return hmac.new(holdout_key, b"synthward ledger", hashlib.sha256).digest()
-
-
-def data_set_of(key: bytes, folder: Path, patient_ids: Iterable[str]) -> DataSet:
-    """The data set of these patients: the same digest wherever their images lie.
-
-    Args:
-        key: from ``ledger_key``; without it a digest does not tell whether somebody is a patient.
-        folder: where their images lie.
-        patient_ids: any text; order and repetition do not matter, nor does the prefix ``sub-`` of BIDS.
-    """
-    patients = frozenset(_keyed(key, "patient", _plain(patient_id)) for patient_id in patient_ids)
-    return DataSet(_digest(key, patients), os.fsencode(folder).decode(errors="backslashreplace"), patients)
 
 
 def create(folder: Path) -> None:
@@ -160,7 +79,7 @@ class Ledger:
         self._path, self._head, self._lock = folder / FILE_NAME, folder / HEAD_FILE, folder / LOCK_FILE
         self._key = key
 
-    def read(self) -> "Book":
+    def read(self) -> Book:
         """The whole ledger as it is now.
 
         Raises:
@@ -173,10 +92,6 @@ class Ledger:
         """Every line, oldest first."""
         return self.read().lines
 
-    def history_of(self, study_digest: str) -> History:
-        """What was spent in one study."""
-        return _history(line for line in self.lines() if line.study_digest == study_digest)
-
     def charge(self, data_set: DataSet, release: Release, budget: Budget) -> Line:
         """Write down a release before it is made, if the budget allows it for every patient.
 
@@ -187,7 +102,7 @@ class Ledger:
             OverBudget: more would be spent on some patient than the budget. Nothing is charged.
             LedgerError: the ledger cannot be used or written; says why. At most this release is charged.
         """
-        if data_set.digest != _digest(self._key, data_set.patients):
+        if data_set.digest != digest_of(self._key, data_set.patients):
             raise LedgerError("The data set was not made with this ledger's key.", "Use the site's own key for both.")
         with self._opened() as (db, book):
             self._check_budget(book, data_set, release, budget)
@@ -205,7 +120,7 @@ class Ledger:
             self._check_budget(book, data_set, release, budget)
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[sqlite3.Connection, "Book"]]:
+    def _opened(self) -> Iterator[tuple[sqlite3.Connection, Book]]:
         """The verified ledger inside a transaction; one process at a time."""
         with ledger_file.failures_named(self._path):
             self._refuse_missing()
@@ -231,7 +146,7 @@ class Ledger:
             if writable_by_everyone(path):
                 raise LedgerError(f"Everyone may write {path}, so it proves nothing.", f"chmod 600 {path}")
 
-    def _verified(self, db: sqlite3.Connection) -> "Book":
+    def _verified(self, db: sqlite3.Connection) -> Book:
         lines = [Line(*row) for row in db.execute(_SELECT_LINES)]
         members: dict[str, set[str]] = defaultdict(set)
         for data_set, patient in db.execute("SELECT data_set, patient FROM member"):
@@ -250,7 +165,7 @@ class Ledger:
         for number, line in enumerate(lines, 1):
             if line.number != number:
                 raise self._altered(f"line {number} is missing")
-            if not _is_whole(line):
+            if not is_whole(line):
                 raise self._altered(f"line {number} is not what was written")
             if line.previous != previous:
                 raise self._altered(f"line {number} does not follow the line before it")
@@ -283,7 +198,7 @@ class Ledger:
         if members.keys() - first.keys():
             raise self._altered("it has patients of a data set without lines")
         for data_set, number in first.items():
-            if data_set != _digest(self._key, members.get(data_set, ())):
+            if data_set != digest_of(self._key, members.get(data_set, ())):
                 raise self._altered(f"the patients of line {number} are others, or the site's key is another one")
 
     def _read_head(self) -> tuple[Line | None, frozenset[str]]:
@@ -292,14 +207,14 @@ class Ledger:
             content = json.loads(self._head.read_bytes())
             line = None if content["line"] is None else Line(**content["line"])
             patients = None if content["members"] is None else frozenset(map(str, content["members"]))
-            whole = (line is None or _is_whole(line)) and content == json.loads(_head_content(line, patients))
+            whole = (line is None or is_whole(line)) and content == json.loads(_head_content(line, patients))
         except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole:
             raise LedgerError(f"{self._head} is damaged or was altered.", RESTORE)
         return line, patients or frozenset()
 
-    def _check_budget(self, book: "Book", data_set: DataSet, release: Release, budget: Budget) -> None:
+    def _check_budget(self, book: Book, data_set: DataSet, release: Release, budget: Budget) -> None:
         own = frozenset({data_set.digest})
         groups = {group | own for group in book.groups(data_set.patients)} or {own}
         for group in groups:
@@ -331,7 +246,7 @@ class Ledger:
             previous=lines[-1].hash if lines else FIRST_HASH,
             hash="",
         )
-        return replace(line, hash=_hash_of(line))
+        return replace(line, hash=hash_of(line))
 
     def _time_after(self, lines: Sequence[Line]) -> str:
         """Now; the newest line's time when the clock is a little behind it."""
@@ -346,47 +261,6 @@ class Ledger:
 
     def _altered(self, what: str) -> LedgerError:
         return LedgerError(f"{self._path} was altered: {what}.", RESTORE)
-
-
-@dataclass(frozen=True)
-class Book:
-    """A whole ledger, verified.
-
-    Args:
-        lines: oldest first.
-        members: the patients of each data set.
-        unwritten: the newest line is in the head, not yet in the file.
-    """
-
-    lines: tuple[Line, ...]
-    members: Mapping[str, frozenset[str]]
-    unwritten: bool
-
-    def data_sets(self) -> tuple[DataSet, ...]:
-        """Every data set that anything was spent on, oldest first, with the folder where it was last."""
-        folders = {line.data_set: line.folder for line in self.lines}
-        return tuple(DataSet(digest, folder, self.members[digest]) for digest, folder in folders.items())
-
-    def histories(self, patients: frozenset[str]) -> tuple[History, ...]:
-        """What was spent on these patients of a data set: a history for each group of them with the same lines.
-
-        Returns:
-            Most steps first. ``((),)`` when nothing was spent on any of them.
-        """
-        found = {self.history(data_sets) for data_sets in self.groups(patients)} or {()}
-        return tuple(sorted(found, key=lambda history: (-accounting.num_steps(history), str(history))))
-
-    def groups(self, patients: frozenset[str]) -> set[frozenset[str]]:
-        """The data sets that each patient is in; every combination once."""
-        found: dict[str, set[str]] = {patient: set() for patient in patients}
-        for data_set, members in self.members.items():
-            for patient in members & patients:
-                found[patient].add(data_set)
-        return {frozenset(data_sets) for data_sets in found.values()}
-
-    def history(self, data_sets: frozenset[str]) -> History:
-        """All that was spent on a patient who is in these data sets."""
-        return _history(line for line in self.lines if line.data_set in data_sets)
 
 
 _SELECT_LINES = """
@@ -408,50 +282,8 @@ def _insert(db: sqlite3.Connection, line: Line, new_patients: frozenset[str] | N
 
 
 def _head_content(newest: Line | None, new_patients: frozenset[str] | None) -> bytes:
-    number, hash_ = (newest.number, newest.hash) if newest else (0, FIRST_HASH)
     members = None if new_patients is None else sorted(new_patients)
-    line = None if newest is None else asdict(newest)
-    return _canonical({"number": number, "hash": hash_, "line": line, "members": members})
-
-
-def _is_whole(line: Line) -> bool:
-    """Whether a line has the right types, means something, and is what its hash was computed from."""
-    if any(type(getattr(line, each.name)) is not each.type for each in fields(line)):
-        return False
-    try:
-        return line.hash == _hash_of(line) and datetime.fromisoformat(line.time).tzinfo == UTC and bool(line.mechanism)
-    except ValueError:
-        return False
-
-
-def _hash_of(line: Line) -> str:
-    content = asdict(line)
-    del content["hash"]
-    return hashlib.sha256(_canonical(content)).hexdigest()
-
-
-def _canonical(content: Mapping[str, object]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _plain(patient_id: str) -> str:
-    """The id however it was found: a folder ``sub-01`` and a table's ``01`` are one patient."""
-    return unicodedata.normalize("NFC", patient_id).strip().removeprefix("sub-")
-
-
-def _digest(key: bytes, patients: Iterable[str]) -> str:
-    return _keyed(key, "data set", "".join(sorted(patients)))
-
-
-def _keyed(key: bytes, kind: str, text: str) -> str:
-    return hmac.new(key, f"{kind}\0{text}".encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
-
-
-def _history(lines: Iterable[Line]) -> History:
-    history: History = ()
-    for line in lines:
-        history = accounting.append(history, line.mechanism)
-    return history
+    return canonical({"line": asdict(newest) if newest else None, "members": members})
 
 
 def _now() -> datetime:

@@ -3,19 +3,15 @@
 A real site makes each of these by hand, with ``synthward site`` and ``synthward policy``; the files are the same.
 """
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from client import ledger
-from client.accountant import SiteAccountant
 from client.identity import KEY_FILE, ROSTER_FILE, load_identity, make_identity
 from client.policy import FILE_NAME, DataPolicy, Policy
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.files import locked
-from common.privacy.accounting import Budget
-from common.privacy.plan import make_plan
 from common.secagg.roster import Roster, make_roster
 
 
@@ -64,15 +60,3 @@ def policy_for(settings: SiteSettings, study: StudyConfig, roster: Roster) -> Po
             ),
         ),
     )
-
-
-def account_for(study: StudyConfig, folder: Path, patients: Iterable[str]) -> SiteAccountant | None:
-    """A new ledger in a folder of its own and the study's account in it, for training without a site around it."""
-    plan = make_plan(study)
-    if plan is None:
-        return None
-    key, budget = os.urandom(32), Budget(study.privacy.epsilon, study.privacy.delta)
-    ledger.create(folder)
-    book = ledger.Ledger(folder, key)
-    data_set = ledger.data_set_of(key, folder, patients)
-    return SiteAccountant(book, data_set, budget, study, "", plan)

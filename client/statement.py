@@ -15,11 +15,12 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from client.ledger import Book, Ledger, Line
+from client.ledger import Ledger
+from client.ledger_lines import Book, Line, history_of
 from client.policy import Policy
 from common.errors import ConfigError, LedgerError, PolicyError
 from common.privacy import accounting
-from common.privacy.accounting import Budget, History
+from common.privacy.accounting import Budget
 
 NO_BUDGET_DELTA = 1e-5  # for data that the policy does not list: there is no budget, and still something was spent
 _LABEL = b"synthward ledger statement v1\x00"
@@ -123,9 +124,7 @@ def _by_study(lines: Sequence[Line], delta: float) -> tuple[StudySpent, ...]:
     studies = []
     for digest in dict.fromkeys(line.study_digest for line in lines):
         own = [line for line in lines if line.study_digest == digest]
-        history: History = ()
-        for line in own:
-            history = accounting.append(history, line.mechanism)
+        history = history_of(own)
         epsilon = accounting.epsilon(history, delta)
         studies.append(StudySpent(own[-1].study_name, digest, len(own), accounting.num_steps(history), epsilon))
     return tuple(studies)

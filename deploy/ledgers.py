@@ -8,7 +8,7 @@ from client.data import cohort
 from client.data.inventory import list_patients
 from client.decision import rest_of
 from client.identity import PUBLIC_FILE, load_identity, read_public
-from client.ledger import data_set_of, ledger_key
+from client.ledger_lines import data_set_of, ledger_key
 from client.policy import Policy
 from client.settings import SiteSettings
 from client.statement import DataSetSpent, check_continues, read_statement, sign_statement, spent_on
@@ -89,7 +89,7 @@ def plan(folder: Path, study_file: Path, *, as_json: bool) -> None:
         raise ConfigError(f"{study_file} is not private: it has no plan.", "Set privacy.enabled = true.")
     policy = Policy.load(folder)
     budget = policy.budget_of(settings.data)
-    rest = rest_of(study, open_ledger(folder).history_of(study.digest))
+    rest = rest_of(study, open_ledger(folder).read().of_study(study.digest))
     before = after = 0.0
     fits = True
     for history in spent_histories(settings):

@@ -78,7 +78,7 @@ def check(folder: Path, study_path: Path, signature_path: Path | None, as_json: 
     """
     settings, policy, study = SiteSettings.load(folder), Policy.load(folder), StudyConfig.from_toml(study_path)
     signature = _read_signature(study_path, signature_path)
-    histories, spent_here = spent_histories(settings), open_ledger(folder).history_of(study.digest)
+    histories, spent_here = spent_histories(settings), open_ledger(folder).read().of_study(study.digest)
     rules = decide(policy, settings, study, signature, histories, spent_here=spent_here)
     refused = [rule.name for rule in rules if not rule.allowed]
     verdict = f"refused, because of: {', '.join(refused)}" if refused else "allowed"

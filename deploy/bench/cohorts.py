@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from client.data.slices import PreparedCohort
-from client.simulated import account_for
 from client.training import SiteStudy, train_round
 from common.config import StudyConfig
 from common.messages import TrainRequest
 from common.orientation import SLICE_RANGE
 from common.phantom import brain
 from common.privacy.plan import make_plan
+from deploy.bench.account import account_for
 from deploy.bench.distance import features, frechet
 from deploy.runs import EXAMPLES
 from server.aggregation import AggregateUpdate, GanState, aggregate

@@ -36,7 +36,6 @@ from client import secure_round
 from client.identity import Member
 from client.secagg import SiteRound
 from client.secure_round import SecureSite
-from client.simulated import account_for
 from client.updates import MadeUpdate
 from common import wire
 from common.config import StudyConfig
@@ -53,6 +52,7 @@ from common.messages import (
 from common.secagg import neighbours
 from common.secagg.keys import AdvertisedKeys, Attempt
 from common.secagg.roster import make_roster
+from deploy.bench.account import account_for
 from deploy.bench.meter import Case, Cost, Meter, Vector, mean, wire_bytes
 from deploy.bench.secaggplus import their_sum
 from server.secagg import SecureSum, SumPlan, check_keys

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from client import ledger
+from client import ledger, ledger_lines
 from client.accountant import SiteAccountant
 from client.data import cohort as cohort_module
 from client.data.slices import PreparedCohort
@@ -77,7 +77,7 @@ def account_in(
         ledger.create(folder)
     budget = budget or Budget(study.privacy.epsilon, study.privacy.delta)
     book = ledger.Ledger(folder, KEY)
-    data_set = ledger.data_set_of(KEY, folder / "images", patients)
+    data_set = ledger_lines.data_set_of(KEY, folder / "images", patients)
     return SiteAccountant(book, data_set, budget, study, "run", plan)
 
 
@@ -86,12 +86,12 @@ def charged_in(folder: Path, study: StudyConfig) -> History:
     if not (folder / ledger.FILE_NAME).exists():
         return ()
     key = ledger_key_of(folder) if (folder / cohort_module.KEY_NAME).exists() else KEY
-    return ledger.Ledger(folder, key).history_of(study.digest)
+    return ledger.Ledger(folder, key).read().of_study(study.digest)
 
 
 def ledger_key_of(folder: Path) -> bytes:
     """The key of a real site's ledger."""
-    return ledger.ledger_key(cohort_module.holdout_key(folder))
+    return ledger_lines.ledger_key(cohort_module.holdout_key(folder))
 
 
 def request_of(study: StudyConfig, round_number: int = 1, seed: int = 0) -> TrainRequest:

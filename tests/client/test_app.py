@@ -88,7 +88,7 @@ def site_with(folder: Path, data: Path, name: str = "north") -> Path:
 
 def spent(site: Path, study: StudyConfig) -> int:
     """Steps in the site's ledger."""
-    return num_steps(open_ledger(site).history_of(study.digest))
+    return num_steps(open_ledger(site).read().of_study(study.digest))
 
 
 def ask(

@@ -14,7 +14,8 @@ from client.data import cohort, slices
 from client.enrolled import PREPARED, TRAINING, open_accountant, read_enrolled
 from client.enrolment import CHECK_FILE, enrol, open_study, prepare_data
 from client.identity import load_member, make_identity, pin_roster, read_public
-from client.ledger import Ledger, Release, data_set_of
+from client.ledger import Ledger
+from client.ledger_lines import Release, data_set_of
 from client.policy import Policy, set_roster_digest
 from client.secure_round import SecureSite, advertise_keys
 from client.settings import SiteSettings

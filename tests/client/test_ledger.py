@@ -28,7 +28,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client import ledger, ledger_file
-from client.ledger import FILE_NAME, HEAD_FILE, DataSet, Ledger, Line, Release, create, data_set_of, ledger_key
+from client.ledger import FILE_NAME, HEAD_FILE, Ledger, create
+from client.ledger_lines import DataSet, Line, Release, data_set_of, ledger_key
 from common.errors import LedgerError, OverBudget
 from common.files import locked
 from common.privacy import accounting
@@ -93,7 +94,7 @@ def assert_refused(folder: Path, cause: str, key: bytes = KEY) -> None:
     calls: list[Callable[[], object]] = [
         held.lines,
         held.read,
-        lambda: held.history_of(STUDY),
+        lambda: held.read().of_study(STUDY),
         lambda: held.read().histories(data_set.patients),
         lambda: held.charge(data_set, release(), PLENTY),
     ]
@@ -110,7 +111,7 @@ def assert_refused(folder: Path, cause: str, key: bytes = KEY) -> None:
 
 def test_a_new_ledger_has_no_lines(tmp_path: Path) -> None:
     held = new_ledger(tmp_path)
-    assert held.lines() == () and held.read().data_sets() == () and held.history_of(STUDY) == ()
+    assert held.lines() == () and held.read().data_sets() == () and held.read().of_study(STUDY) == ()
     assert held.read().histories(ALL.patients) == ((),)
     assert held.read().histories(frozenset()) == ((),)
 
@@ -139,7 +140,7 @@ def test_an_auditor_can_recompute_the_chain_with_nothing_but_json_and_sha_256(tm
             text = json.dumps(line, sort_keys=True, separators=(",", ":"))
             assert hashlib.sha256(text.encode()).hexdigest() == previous
     head = json.loads((tmp_path / HEAD_FILE).read_bytes())
-    assert (head["number"], head["hash"]) == (3, previous)
+    assert (head["line"]["number"], head["line"]["hash"]) == (3, previous)
 
 
 def test_a_data_set_is_keyed_digests_of_its_patients() -> None:
@@ -171,16 +172,16 @@ def test_charges_add_up_and_survive(tmp_path: Path) -> None:
         first.charge(ALL, release(mechanism, study), PLENTY)
     second = Ledger(tmp_path, KEY)
     assert second.lines() == first.lines() and len(second.lines()) == 4
-    assert second.history_of(STUDY) == (Mechanism(0.25, 3.0, 20), OTHER)
-    assert second.history_of(OTHER_STUDY) == (OTHER,)
-    assert second.history_of("f" * 64) == ()
+    assert second.read().of_study(STUDY) == (Mechanism(0.25, 3.0, 20), OTHER)
+    assert second.read().of_study(OTHER_STUDY) == (OTHER,)
+    assert second.read().of_study("f" * 64) == ()
     assert second.read().histories(ALL.patients) == ((Mechanism(0.25, 3.0, 20), Mechanism(0.5, 4.0, 2)),)
 
 
 def test_whole_numbers_are_the_same_mechanism(tmp_path: Path) -> None:
     held = new_ledger(tmp_path)
     held.charge(ALL, Release(STUDY, "phantom", "run-1", 1, Mechanism(1, 3, 2), 1), PLENTY)
-    assert held.history_of(STUDY) == (Mechanism(1.0, 3.0, 2),)
+    assert held.read().of_study(STUDY) == (Mechanism(1.0, 3.0, 2),)
     assert held.lines()[0].clip_norm == 1.0
 
 
@@ -266,7 +267,7 @@ def test_every_history_survives_exactly(charges: list[Mechanism], tmp_path: Path
         for mechanism in charges:
             charge(Path(name), mechanism)
             expected = accounting.append(expected, mechanism)
-            assert Ledger(Path(name), KEY).history_of(STUDY) == expected
+            assert Ledger(Path(name), KEY).read().of_study(STUDY) == expected
             assert Ledger(Path(name), KEY).read().histories(ALL.patients) == (expected,)
 
 
@@ -299,7 +300,7 @@ def test_any_sequence_of_charges_is_what_a_list_for_each_patient_says(
                 with pytest.raises(OverBudget):
                     held.charge(data_set, release(mechanism, study), budget)
             assert set(held.read().histories(patients(*asked).patients)) == {spent[each] for each in asked}
-        assert {study: held.history_of(study) for study in studies} == studies
+        assert {study: held.read().of_study(study) for study in studies} == studies
 
 
 # Made once
@@ -483,7 +484,7 @@ def test_a_line_that_means_nothing_is_refused_with_any_hash(changes: dict[str, o
     del content["hash"]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     content["hash"] = hashlib.sha256(text.encode()).hexdigest()
-    head = {"number": 1, "hash": content["hash"], "line": content, "members": sorted(ALL.patients)}
+    head = {"line": content, "members": sorted(ALL.patients)}
     (tmp_path / HEAD_FILE).write_text(json.dumps(head))
     assert_refused(tmp_path, "ledger-head.json is damaged or was altered")
 
@@ -784,7 +785,7 @@ def test_a_clock_in_the_past_hides_nothing_that_was_spent(tmp_path: Path, monkey
     new_ledger(tmp_path)
     charge(tmp_path, ONE)
     with clock(monkeypatch, datetime(2001, 1, 1, tzinfo=UTC)):
-        assert Ledger(tmp_path, KEY).history_of(STUDY) == (ONE,)
+        assert Ledger(tmp_path, KEY).read().of_study(STUDY) == (ONE,)
 
 
 # Versions of the schema
@@ -947,7 +948,7 @@ def test_kill_at_any_moment_never_loses_an_acknowledged_charge(processes: Proces
         seen = [line.split() for line in acknowledged.read_text().splitlines()]
         assert [[str(line.number), line.hash] for line in lines[len(before) :]][: len(seen)] == seen
         assert len(lines) - len(before) - len(seen) in (0, 1)  # the one that was on its way may count
-        assert num_steps(held.history_of(STUDY)) == len(lines)
+        assert num_steps(held.read().of_study(STUDY)) == len(lines)
         before, num_acknowledged = lines, num_acknowledged + len(seen)
     assert num_acknowledged >= 25
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("ledger*")} == {0o600}
@@ -977,7 +978,7 @@ def test_a_crash_between_head_and_line_counts_the_line(num_lines: int, processes
     assert held.read().histories(patients("fay").patients) == ((OTHER,),)
     (newest,) = charge(tmp_path, ONE)
     assert (newest.number, newest.previous) == (num_lines + 2, held.lines()[-2].hash)
-    assert held.history_of(STUDY)[-2:] == (OTHER, ONE)
+    assert held.read().of_study(STUDY)[-2:] == (OTHER, ONE)
 
 
 def test_crashes_one_after_the_other_count_each(processes: Processes, tmp_path: Path) -> None:
@@ -1015,9 +1016,9 @@ def test_a_full_disk_is_named_and_at_most_over_counts(
         assert processes.run(charge_and_report, tmp_path, report, num_patients, largest_file) == 0
     for text in report.read_text().splitlines():
         assert "disk is full" in text and "Make room" in text
-    assert held.history_of(STUDY) == ((ONE, OTHER) if counts else (ONE,))
+    assert held.read().of_study(STUDY) == ((ONE, OTHER) if counts else (ONE,))
     charge(tmp_path, OTHER)
-    assert held.lines()[0] == first and num_steps(held.history_of(STUDY)) == 11 + counts
+    assert held.lines()[0] == first and num_steps(held.read().of_study(STUDY)) == 11 + counts
 
 
 def fill_a_small_disk(folder: str, report: str) -> None:
@@ -1121,7 +1122,7 @@ def charge_in_three(folder: str, charges: int) -> None:
 def test_processes_at_once_lose_no_charge(processes: Processes, tmp_path: Path) -> None:
     held = new_ledger(tmp_path)
     assert processes.run(charge_in_three, tmp_path, 10) == 0
-    assert len(held.lines()) == num_steps(held.history_of(STUDY)) == 30
+    assert len(held.lines()) == num_steps(held.read().of_study(STUDY)) == 30
     assert [num_steps(history) for history in held.read().histories(patients("anna").patients)] == [30]
     for child in range(3):
         assert [num_steps(history) for history in held.read().histories(patients(str(child)).patients)] == [10]
@@ -1132,7 +1133,7 @@ def test_two_at_once_cannot_overwrite_each_other(tmp_path: Path) -> None:
     assert first.lines() == second.lines() == ()  # both have read an empty ledger
     first.charge(ALL, release(), PLENTY)
     second.charge(ALL, release(), PLENTY)
-    assert first.history_of(STUDY) == (Mechanism(0.25, 3.0, 20),)
+    assert first.read().of_study(STUDY) == (Mechanism(0.25, 3.0, 20),)
 
 
 def test_a_moved_folder_is_the_same_ledger(altered: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from client import training, updates
-from client.ledger import FILE_NAME, Ledger, Release
+from client.ledger import FILE_NAME, Ledger
+from client.ledger_lines import Release
 from client.training import STATE_FILE, train_round
 from client.updates import MadeUpdate
 from common import progress

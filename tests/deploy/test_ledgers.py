@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.accountant import open_ledger
-from client.ledger import Release
+from client.ledger_lines import Release
 from client.policy import Policy
 from client.settings import SiteSettings
 from client.statement import sign_statement
@@ -67,7 +67,7 @@ def test_two_studies_are_shown_alone_and_composed(run: Run, site: Path) -> None:
     (found,) = tree["data_sets"]
     alone = [study["spent"]["epsilon"] for study in found["studies"]]
     assert alone == [first, accounting.epsilon((MORE,), 1e-5)]
-    both = (*open_ledger(site).history_of(RunRecord.load(run.folder).study_digest), MORE)
+    both = (*open_ledger(site).read().of_study(RunRecord.load(run.folder).study_digest), MORE)
     assert tree["spent"]["epsilon"] == accounting.epsilon(both, 1e-5)
     assert max(alone) < tree["spent"]["epsilon"] < sum(alone)
     assert found["left"]["epsilon"] == 0.0  # over the budget that the site has now

@@ -8,7 +8,8 @@ from client import ledger
 from client.data.cohort import holdout_key
 from client.data.inventory import list_patients
 from client.identity import load_identity, make_identity, pin_roster
-from client.ledger import Ledger, Release, data_set_of, ledger_key
+from client.ledger import Ledger
+from client.ledger_lines import Release, data_set_of, ledger_key
 from client.policy import DataPolicy, Policy
 from client.settings import SiteSettings
 from common.config import StudyConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from client import secure_round
-from client.ledger import Release
+from client.ledger_lines import Release
 from client.round_file import last_attempt
 from client.secure_round import SecureSite
 from client.updates import MadeUpdate

@@ -8,9 +8,8 @@ from client.ledger import Ledger
 from client.ledger_lines import DataSet, Release, ledger_key
 from common.config import StudyConfig
 from common.errors import BudgetExhausted
-from common.privacy import accounting
 from common.privacy.accounting import Budget, History
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan, PrivacyPlan
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,15 @@ class SiteAccountant:
         """What this study has charged here so far."""
         return self.ledger.read().of_study(self.study.digest)
 
+    def phase(self, number: int) -> PhasePlan:
+        """What the plan says of the phase of a round."""
+        return self.plan.phases[self.study.phase_number(number)]
+
     def charge_round(self, number: int) -> int:
         """Charge the steps of a round that are about to be made. Returns how many there are.
 
         Raises:
-            BudgetExhausted: all that the study planned is spent.
+            BudgetExhausted: all that the study planned for the round's phase is spent.
             OverBudget: a patient would have spent more than the budget. Nothing is charged.
             LedgerError: the ledger cannot be trusted or written.
         """
@@ -53,19 +56,21 @@ class SiteAccountant:
         self.ledger.charge(self.data_set, release, self.budget)
         return release.mechanism.steps
 
-    def check_next_round(self) -> None:
+    def check_round(self, number: int) -> None:
         """Raise what ``charge_round`` would, without charging."""
-        self.ledger.check(self.data_set, self._release(0), self.budget)
+        self.ledger.check(self.data_set, self._release(number), self.budget)
 
     def _release(self, number: int) -> Release:
-        planned = self.plan.mechanism
-        left = planned.steps - accounting.num_steps(self.history)
+        phase_number = self.study.phase_number(number)
+        planned, left = self.phase(number), self.plan.steps_left(phase_number, self.history)
         if left < 1:
             raise BudgetExhausted(
-                f"All {planned.steps} steps that the study planned for this site are spent.", "Plan a new study."
+                f"All {planned.mechanism.steps} steps that the study planned here for phase {phase_number + 1} are "
+                "spent.",
+                "Plan a new study.",
             )
-        mechanism = replace(planned, steps=min(left, self.study.federation.local_steps))
-        return Release(self.study.digest, self.study.name, self.run, number, mechanism, self.plan.clip_norm)
+        mechanism = replace(planned.mechanism, steps=min(left, self.study.phases[phase_number].steps))
+        return Release(self.study.digest, self.study.name, self.run, number, mechanism, planned.clip_norm)
 
 
 def open_ledger(folder: Path) -> Ledger:

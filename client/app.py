@@ -13,7 +13,7 @@ from typing import TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client import secure_round
+from client import secure_round, secure_session
 from client.accountant import SiteAccountant
 from client.enrolled import open_accountant, read_enrolled
 from client.identity import load_member
@@ -22,22 +22,30 @@ from client.policy import Policy
 from client.secure_round import SecureSite
 from client.settings import SiteSettings
 from client.simulated import allow, simulated_roster
-from client.updates import MadeUpdate
+from client.updates import MadeSum, MadeUpdate
 from common import wire
 from common.config import StudyConfig
 from common.errors import INTERNAL, BadPeer, FederationError, SiteError
 from common.messages import (
     AdvertiseKeysRequest,
+    ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     EnrolRequest,
+    JointRequest,
     LocalUpdate,
     MaskedInputRequest,
+    MomentsRequest,
+    OpenSeedsRequest,
+    OpenStepRequest,
     Refusal,
     Reply,
     Request,
     ShareKeysRequest,
+    ShareSeedRequest,
+    StepRequest,
     TrainRequest,
     UnmaskRequest,
+    Work,
 )
 
 app = ClientApp()
@@ -53,7 +61,19 @@ def enrol(message: Message, context: Context) -> Message:
 @app.train("local_round")
 def local_round(message: Message, context: Context) -> Message:
     """Train one round and send the update as it is: only in a study and at a site that both allow it."""
-    return _answer(message, context, TrainRequest, _local_round)
+    return _answer(message, context, TrainRequest, _in_the_clear(_make))
+
+
+@app.train("moments")
+def moments(message: Message, context: Context) -> Message:
+    """Send the noisy sum of the patients' features as it is: only in a study and at a site that both allow it."""
+    return _answer(message, context, MomentsRequest, _in_the_clear(_make))
+
+
+@app.train("joint_step")
+def joint_step(message: Message, context: Context) -> Message:
+    """Send the noisy sum of a step's gradients as it is: only in a study and at a site that both allow it."""
+    return _answer(message, context, JointRequest, _in_the_clear(_make_step))
 
 
 @app.query("advertise_keys")
@@ -70,7 +90,7 @@ def share_keys(message: Message, context: Context) -> Message:
 
 @app.train("masked_input")
 def masked_input(message: Message, context: Context) -> Message:
-    """Train one round and send the update masked."""
+    """Train one round, or sum the patients' features, and send the result masked."""
     return _answer(message, context, MaskedInputRequest, _masked_input)
 
 
@@ -86,30 +106,80 @@ def unmask(message: Message, context: Context) -> Message:
     return _answer(message, context, UnmaskRequest, _secure(secure_round.unmask))
 
 
+@app.query("share_seed")
+def share_seed(message: Message, context: Context) -> Message:
+    """Deal shares of the seed of this site's masks for the many sums of a joint round."""
+    return _answer(message, context, ShareSeedRequest, _secure(secure_session.share_seed))
+
+
+@app.train("begin_step")
+def begin_step(message: Message, context: Context) -> Message:
+    """Draw a step's patients, and send the noisy sum of their gradients masked."""
+    return _answer(message, context, StepRequest, _begin_step)
+
+
+@app.query("confirm_step")
+def confirm_step(message: Message, context: Context) -> Message:
+    """Sign the list of sites whose masked step came."""
+    return _answer(message, context, ConfirmStepRequest, _secure(secure_session.confirm_step))
+
+
+@app.query("open_step")
+def open_step(message: Message, context: Context) -> Message:
+    """Open the keys that unmask the sum of a step."""
+    return _answer(message, context, OpenStepRequest, _secure(secure_session.open_step))
+
+
+@app.query("open_seeds")
+def open_seeds(message: Message, context: Context) -> Message:
+    """Open shares for sites that were gone before they opened a step."""
+    return _answer(message, context, OpenSeedsRequest, _secure(secure_session.open_seeds))
+
+
 def _enrol(request: EnrolRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
     from client.enrolment import enrol
 
     return enrol(settings, study, request)
 
 
-def _local_round(request: TrainRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    from client.enrolment import open_study
-    from client.training import train_round
+def _in_the_clear(
+    make: Callable[[R, StudyConfig, SiteSettings], MadeUpdate | MadeSum],
+) -> Callable[[R, StudyConfig, SiteSettings], Reply]:
+    """This site's part of a sum as it is."""
 
-    if study.federation.aggregation != "plain":
-        raise BadPeer("The server asked for an update without masks in a study that has them.", "Nothing was sent.")
-    made = train_round(open_study(settings, study), request)  # asks the policy whether a plain update may leave
-    return LocalUpdate(made.round, made.vector)
+    def handle(request: R, study: StudyConfig, settings: SiteSettings) -> Reply:
+        if study.federation.aggregation != "plain":
+            raise BadPeer("The server asked for an update without masks in a study that has them.", "Nothing was sent.")
+        made = make(request, study, settings)  # asks the policy whether a plain update may leave
+        return LocalUpdate(made.round, made.floats)
+
+    return handle
 
 
 def _masked_input(request: MaskedInputRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
-    def train(train_request: TrainRequest) -> MadeUpdate:
-        from client.enrolment import open_study
-        from client.training import train_round
+    return secure_round.masked_input(_secure_site(study, settings), request, lambda work: _make(work, study, settings))
 
-        return train_round(open_study(settings, study), train_request)
 
-    return secure_round.masked_input(_secure_site(study, settings), request, train)
+def _begin_step(request: StepRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    return secure_session.step(_secure_site(study, settings), request, lambda work: _make_step(work, study, settings))
+
+
+def _make(work: Work, study: StudyConfig, settings: SiteSettings) -> MadeUpdate | MadeSum:
+    """This site's part of a sum."""
+    from client.enrolment import open_study
+    from client.moments import release_moments
+    from client.training import train_round
+
+    at = open_study(settings, study)
+    return train_round(at, work) if isinstance(work, TrainRequest) else release_moments(at, work)
+
+
+def _make_step(work: JointRequest, study: StudyConfig, settings: SiteSettings) -> MadeSum:
+    """This site's part of a step's sum."""
+    from client.enrolment import open_study
+    from client.joint import joint_step
+
+    return joint_step(open_study(settings, study), work)
 
 
 def _secure(handle: Callable[[SecureSite, R], Reply]) -> Callable[[R, StudyConfig, SiteSettings], Reply]:

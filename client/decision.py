@@ -5,7 +5,7 @@ message from the server can widen it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from client.settings import SiteSettings
 from common import study_signature
 from common.config import StudyConfig
 from common.errors import OverBudget, PolicyError, PrivacyError
-from common.privacy.accounting import History, epsilon, num_steps
+from common.privacy.accounting import History, epsilon
 from common.privacy.plan import check_delta, make_plan
 
 _NO_SUM = "Not asked: the study makes no secure sum."
@@ -115,9 +115,9 @@ def _study_rule(policy: Policy, study: StudyConfig, signature: bytes) -> Rule:
 
 
 def _algorithm_rule(policy: Policy, study: StudyConfig) -> Rule:
-    wanted = study.federation.algorithm
-    why = f"The policy allows {_all(policy.algorithms)}; the study uses {wanted}."
-    return Rule("algorithm", wanted in policy.algorithms, why)
+    wanted = list(dict.fromkeys(phase.algorithm for phase in study.phases))
+    why = f"The policy allows {_all(policy.algorithms)}; the study uses {_all(wanted)}."
+    return Rule("algorithm", set(wanted) <= set(policy.algorithms), why)
 
 
 def _outputs_rule(policy: Policy, study: StudyConfig) -> Rule:
@@ -154,6 +154,8 @@ def _patients_rule(policy: Policy, settings: SiteSettings, study: StudyConfig) -
 
 
 def _sampling_rule(policy: Policy, study: StudyConfig) -> Rule:
+    if all(phase.algorithm == "moments" for phase in study.phases):
+        return Rule("sampling", True, "Not asked: moments are of all patients, with the noise for that.")
     wanted, largest = study.privacy.sampling_probability, policy.largest_sampling_probability
     why = f"The policy allows a sampling probability of {largest:.6g} at most; the study wants {wanted:.6g}."
     return Rule("sampling", wanted <= largest, why)
@@ -206,8 +208,7 @@ def _budget_rule(
 def rest_of(study: StudyConfig, spent_here: History) -> History:
     """What the study has planned and not yet charged here."""
     plan = make_plan(study)
-    steps = plan.mechanism.steps - num_steps(spent_here) if plan else 0
-    return (replace(plan.mechanism, steps=steps),) if plan and steps > 0 else ()
+    return plan.left(spent_here) if plan else ()
 
 
 def _all(names: Sequence[str]) -> str:

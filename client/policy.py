@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from common.config import Algorithm
 from common.errors import ConfigError, PolicyError
 from common.files import write_atomically
 from common.privacy.accounting import Budget
@@ -90,7 +91,7 @@ class Policy(_Table):
     minimum_cohort: Annotated[int, Field(strict=True, ge=2)]
     study_digests: tuple[Hex64, ...] = ()
     study_signers: tuple[Hex64, ...] = ()
-    algorithms: tuple[Literal["local"], ...] = ()
+    algorithms: tuple[Algorithm, ...] = ()
     outputs: tuple[Output, ...] = ()
     largest_sampling_probability: Annotated[float, Field(strict=True, gt=0, le=1)]
     minimum_patients: Annotated[int, Field(strict=True, ge=1)]
@@ -234,7 +235,11 @@ _TEXT = """\
 # When this list and the one above are both empty, no study is allowed.
 {study_signers}
 
-# Ways of training that are allowed. "local": the networks are trained here, inside this site, on its own images.
+# Ways of training that are allowed:
+#   "local":   the networks are trained here, inside this site, on its own images.
+#   "joint":   the coordinator trains; at every step this site adds what its own images say, and noise.
+#   "moments": this site tells once, with noise, what its images look like on average; the coordinator trains by that.
+# The budget below covers all three together.
 {algorithms}
 
 # What may leave this site:

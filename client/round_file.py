@@ -4,15 +4,17 @@
 identity key), in a file for its owner's eyes, until the attempt ends here; one that a crash or a failed run cut off is
 erased when the site is next asked to enrol or begins another. A replaced or ended file is overwritten before it goes.
 Overwriting reaches the disk's blocks only where the file system writes in place; the sealing does not depend on it. The
-newest attempt served is on disk before its keys leave, so none is served twice.
+newest attempt served is on disk before its keys leave, so none is served twice. A session's step is on disk as begun
+before anything is computed for it, so none is served twice either.
 """
 
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -20,12 +22,14 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from client import updates
 from client.identity import Member
 from client.secagg import SiteRound
+from client.secagg_session import SiteSession
 from common.errors import OutOfOrder, SiteError
 from common.files import locked, write_atomically
 from common.secagg import keys
 from common.secagg.keys import AdvertisedKeys, Attempt
 
 ROUND_FILE, SERVED_FILE, LOCK_FILE = "secure-sum.sealed", "secure-sum.json", "secure-sum.lock"
+A = TypeVar("A", SiteRound, SiteSession)
 
 
 class RoundFile:
@@ -61,16 +65,28 @@ class RoundFile:
 
     @contextmanager
     def stage(self, number: int) -> Iterator[SiteRound]:
-        """The attempt, for one stage of it: kept as the block leaves it, and ended when the block raises.
+        """The attempt, for one stage of a sum: kept as the block leaves it, and ended when the block raises.
 
         Raises:
-            OutOfOrder: the site is not in this attempt.
+            OutOfOrder: the site is not in this attempt, or in a session.
         """
+        with self._opened(number, _as_round) as current:
+            yield current
+
+    @contextmanager
+    def session(self, number: int) -> Iterator[SiteSession]:
+        """The attempt, for one stage of a session, its first included; see ``stage``."""
+        with self._opened(number, _as_session) as current:
+            yield current
+
+    @contextmanager
+    def _opened(self, number: int, read_as: Callable[[SiteRound | SiteSession], A]) -> Iterator[A]:
         with locked(self._folder / LOCK_FILE):
-            current = self._load()
-            if current.attempt.number != number:
-                raise OutOfOrder(f"Expected attempt {current.attempt.number}, found {number}.")
+            found = self._load()
+            if found.attempt.number != number:
+                raise OutOfOrder(f"Expected attempt {found.attempt.number}, found {number}.")
             try:
+                current = read_as(found)
                 yield current
                 self._save(current)
             except BaseException:
@@ -83,21 +99,22 @@ class RoundFile:
             if last_attempt(self._folder) <= number:
                 self._erase()
 
-    def _load(self) -> SiteRound:
+    def _load(self) -> SiteRound | SiteSession:
         try:
             data = (self._folder / ROUND_FILE).read_bytes()
         except FileNotFoundError:
             raise OutOfOrder("This site is in no attempt.", "It takes part again in the next one.") from None
         try:
             tree = json.loads(self._cipher.decrypt(data[:12], data[12:], None))
-            return SiteRound.from_tree(self._member, tree)
+            kind = SiteSession if "steps" in tree else SiteRound
+            return kind.from_tree(self._member, tree)
         except (InvalidTag, ValueError, KeyError, TypeError):
             self._erase()
             raise SiteError(
                 "The file of the running attempt was damaged; it is erased.", "The next one works."
             ) from None
 
-    def _save(self, current: SiteRound) -> None:
+    def _save(self, current: SiteRound | SiteSession) -> None:
         nonce = secrets.token_bytes(12)
         sealed = nonce + self._cipher.encrypt(nonce, json.dumps(current.to_tree()).encode(), None)
         with _overwritten(self._folder / ROUND_FILE):
@@ -109,6 +126,16 @@ class RoundFile:
             path.unlink(missing_ok=True)
         for unfinished in self._folder.glob(f".{ROUND_FILE}.*"):  # of a process that was killed while it wrote
             unfinished.unlink(missing_ok=True)
+
+
+def _as_round(found: SiteRound | SiteSession) -> SiteRound:
+    if isinstance(found, SiteSession):
+        raise OutOfOrder("Expected a message of a session, found one of a sum.")
+    return found
+
+
+def _as_session(found: SiteRound | SiteSession) -> SiteSession:
+    return found if isinstance(found, SiteSession) else SiteSession.after(found)
 
 
 def last_attempt(folder: Path) -> int:

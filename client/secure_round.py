@@ -8,8 +8,9 @@ from pathlib import Path
 from client import updates
 from client.accountant import SiteAccountant
 from client.identity import Member
+from client.phases import phase_asked
 from client.round_file import RoundFile
-from client.updates import MadeUpdate
+from client.updates import MadeSum, MadeUpdate
 from common.config import StudyConfig
 from common.errors import BudgetExhausted, ConfigError, FederationError, OverBudget, ProtocolError
 from common.messages import (
@@ -20,9 +21,9 @@ from common.messages import (
     MaskedInputRequest,
     SealedShares,
     ShareKeysRequest,
-    TrainRequest,
     UnmaskRequest,
     UnmaskShares,
+    Work,
 )
 from common.secagg.keys import AdvertisedKeys
 
@@ -55,7 +56,7 @@ def advertise_keys(at: SecureSite, request: AdvertiseKeysRequest) -> AdvertisedK
     """Begin an attempt. Raises OutOfOrder for one served before, BudgetExhausted when there is nothing left to add."""
     if at.study.federation.aggregation != "secure":
         raise ConfigError("The study has no secure aggregation.", "Ask for local rounds.")
-    return _advertise(at, request.attempt)
+    return begin_attempt(at, request.attempt, request.round)
 
 
 def share_keys(at: SecureSite, request: ShareKeysRequest) -> SealedShares:
@@ -65,23 +66,23 @@ def share_keys(at: SecureSite, request: ShareKeysRequest) -> SealedShares:
 
 
 def masked_input(
-    at: SecureSite, request: MaskedInputRequest, train: Callable[[TrainRequest], MadeUpdate]
+    at: SecureSite, request: MaskedInputRequest, make: Callable[[Work], MadeUpdate | MadeSum]
 ) -> MaskedInput:
-    """Check and open the shares, train, mask, and note that this update has left.
+    """Check and open the shares, make this site's part of the sum, mask it, and note that it has left.
 
     Args:
         at: the study at this site.
         request: the request.
-        train: makes the site's update.
+        make: makes the part that the request asks for.
 
     Raises:
         BadPeer, OutOfOrder, TooFewSurvivors: before anything is spent.
-        ProtocolError: the update was made and cannot be sent; and whatever ``train`` raises.
+        ProtocolError: the update was made and cannot be sent; and whatever ``make`` raises.
     """
     with at.file.stage(request.attempt) as attempt:
         attempt.open_shares(request)
     try:
-        update = train(request.train)
+        update = make(request.work)
     except BaseException as error:
         if isinstance(error, BudgetExhausted | OverBudget):
             updates.give_up(at.folder)  # so that the next attempt is refused where it costs nobody anything
@@ -90,7 +91,8 @@ def masked_input(
     try:
         with at.file.stage(request.attempt) as attempt:
             updates.note_left(at.folder, update.id)
-            message, clipped = attempt.masked_input(update.vector, at.study.encoding, update.round)
+            encoding = update.encoding if isinstance(update, MadeSum) else at.study.encoding
+            message, clipped = attempt.masked_input(update.vector, encoding, update.round)
     except (FederationError, OSError) as error:  # a code of its own: others tell the server that nothing was spent
         raise ProtocolError(f"The update was made and not sent: {error}") from error
     # Site's own log: how many coordinates were clipped derives from patients.
@@ -109,21 +111,31 @@ def unmask(at: SecureSite, request: UnmaskRequest) -> UnmaskShares:
     with at.file.stage(request.attempt) as attempt:
         opened = attempt.unmask(request)
     at.file.end(request.attempt)
-    try:
-        next_keys = _advertise(at, request.attempt + 1) if request.another else None
-    except (FederationError, OSError) as error:  # what is opened counts; without keys the site sits out one attempt
-        logger.warning("no keys for the next attempt: %s", error)
-        next_keys = None
+    next_keys = following_keys(at, request.attempt, request.next_round)
     return UnmaskShares(opened.attempt, opened.self_masks, opened.mask_keys, next_keys)
 
 
-def _advertise(at: SecureSite, number: int) -> AdvertisedKeys:
-    _check_budget(at)
+def following_keys(at: SecureSite, number: int, next_round: int) -> AdvertisedKeys | None:
+    """Keys for the attempt after ``number``, which is over; None when ``next_round`` is 0 or the site has none.
+
+    What was opened counts: a site that cannot make keys sits out one attempt.
+    """
+    try:
+        return begin_attempt(at, number + 1, next_round) if next_round else None
+    except (FederationError, OSError) as error:
+        logger.warning("no keys for the next attempt: %s", error)
+        return None
+
+
+def begin_attempt(at: SecureSite, number: int, round_number: int) -> AdvertisedKeys:
+    """Keys for an attempt. Raises OutOfOrder for one served before, PrivacyError when the round cannot be paid."""
+    _check_budget(at, round_number)
     return at.file.begin(number, max(at.study.federation.minimum_sites, at.member.minimum_cohort))
 
 
-def _check_budget(at: SecureSite) -> None:
-    """Refuse here, where it costs nobody anything, when no round can be paid and no update waits to be sent."""
+def _check_budget(at: SecureSite, round_number: int) -> None:
+    """Refuse here, where it costs nobody anything, when the round cannot be paid and no update waits to be sent."""
+    phase_asked(at.study, round_number)
     accountant = at.accountant()
     if accountant is not None and not updates.read(at.folder).pending:
-        accountant.check_next_round()
+        accountant.check_round(round_number)

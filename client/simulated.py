@@ -47,7 +47,7 @@ def policy_for(settings: SiteSettings, study: StudyConfig, roster: Roster) -> Po
         minimum_cohort=max(2, federation.minimum_sites),
         study_digests=(study.digest,),
         study_signers=(),
-        algorithms=(federation.algorithm,),
+        algorithms=tuple(dict.fromkeys(phase.algorithm for phase in study.phases)),
         outputs=("plain_updates",) if federation.aggregation == "plain" else ("masked_updates",),
         largest_sampling_probability=privacy.sampling_probability,
         minimum_patients=federation.minimum_patients,

@@ -16,16 +16,17 @@ import torch
 from client import updates
 from client.accountant import SiteAccountant
 from client.data.slices import PreparedCohort
+from client.phases import phase_asked
 from client.updates import MadeUpdate
 from common import progress
-from common.config import StudyConfig
+from common.config import PhaseConfig, StudyConfig
 from common.errors import BadPeer, FederationError, LedgerError, PrivacyError, ProtocolError, SiteError
 from common.files import locked, write_atomically
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector, to_vector
 from common.gan.training import GanTrainer, RealBatch
 from common.messages import TrainRequest, Vector
-from common.privacy.plan import PrivacyPlan, check_delta
+from common.privacy.plan import PhasePlan, check_delta
 from common.privacy.sampling import draw_patients
 
 logger = logging.getLogger("synthward.site")
@@ -82,18 +83,16 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         ProtocolError: the round was charged, and failed after that.
         OSError: the state cannot be written.
     """
-    plan = _plan(at)
-    if plan is not None:
-        check_delta(plan.delta, at.study.federation.contracted_patients[at.site])
+    phase, plan = phase_asked(at.study, request.round, "local"), phase_plan(at, request.round)
     saved = _load_state(at.folder)
     if saved is not None and at.accountant is not None and not at.accountant.history:
         raise LedgerError(f"{at.folder} has a trained state that the ledger does not know.", "Restore the ledger.")
-    left = updates.read(at.folder).left  # before anything is charged: a damaged file refuses
+    known = updates.read(at.folder)  # before anything is charged: a damaged file refuses
     if saved is not None and not (at.folder / updates.FILE_NAME).exists():
         raise PrivacyError(f"{at.folder} has a trained state but no {updates.FILE_NAME}.", "Restore that file.")
 
     source, patients = request.digest, at.accountant.data_set.digest if at.accountant else ""
-    same = saved is not None and saved["source"] == source and saved["id"] != left
+    same = saved is not None and saved["source"] == source and saved["id"] == known.made and known.pending
     if saved is not None and same and saved["step"] == saved["num_steps"]:
         logger.info("round %d: answered again from the saved state", request.round)
         return _weighted(
@@ -107,7 +106,7 @@ def _train_round(at: SiteStudy, request: TrainRequest) -> MadeUpdate:
         load_vector(trainer.discriminator, request.discriminator + saved["discriminator"].numpy())
         logger.info("round %d: goes on after step %d", request.round, step)
     else:
-        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(at, request.round)
+        update_id, step, num_steps = uuid.uuid4().hex, 0, _charge(at, phase, request.round)
 
     def update() -> tuple[Vector, Vector]:
         return (
@@ -134,18 +133,24 @@ def _weighted(at: SiteStudy, number: int, update_id: str, generator: Vector, dis
     return MadeUpdate(number, np.concatenate([generator, discriminator]) * weight, update_id)
 
 
-def _plan(at: SiteStudy) -> PrivacyPlan | None:
-    """The plan by which the site is charged: its noise is the one that is made. None when the study is not private."""
+def phase_plan(at: SiteStudy, number: int) -> PhasePlan | None:
+    """The plan by which the site is charged: its noise is the one that is made. None when the study is not private.
+
+    Raises:
+        LedgerError: the study is private and there is no ledger.
+        PrivacyError: the study's delta does not suit the cohort.
+    """
     if not at.study.privacy.enabled:
         return None
     if at.accountant is None:
         raise LedgerError("The study is private and has no ledger to charge.", "Nothing was trained.")
-    return at.accountant.plan
+    check_delta(at.accountant.plan.delta, at.study.federation.contracted_patients[at.site])
+    return at.accountant.phase(number)
 
 
-def _charge(at: SiteStudy, number: int) -> int:
+def _charge(at: SiteStudy, phase: PhaseConfig, number: int) -> int:
     """Charge this round's steps before the first gradient. Returns how many steps to make."""
-    return at.accountant.charge_round(number) if at.accountant else at.study.federation.local_steps
+    return at.accountant.charge_round(number) if at.accountant else phase.steps
 
 
 def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: Callable[[int], None]) -> None:
@@ -153,7 +158,7 @@ def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: 
     every = at.study.gan.discriminator_steps_per_generator_step
     loss, non_finite = 0.0, 0
     for step in steps:
-        step_loss, step_non_finite = trainer.discriminator_step(_draw(at))
+        step_loss, step_non_finite = trainer.discriminator_step(draw(at))
         loss, non_finite = loss + step_loss, non_finite + step_non_finite
         if (step + 1) % every == 0:
             trainer.generator_step()
@@ -167,7 +172,7 @@ def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: 
     logger.info("round %d: %d steps, loss %.4f, %d non-finite", number, len(steps), mean_loss, non_finite)
 
 
-def _draw(at: SiteStudy) -> RealBatch:
+def draw(at: SiteStudy) -> RealBatch:
     """Poisson-sample patients, then a few images of each."""
     privacy = at.study.privacy
     random = secrets.SystemRandom()
@@ -181,9 +186,7 @@ def _draw(at: SiteStudy) -> RealBatch:
     return RealBatch(np.concatenate(images), np.concatenate(labels), np.concatenate(owners))
 
 
-def _restore(
-    at: SiteStudy, plan: PrivacyPlan | None, request: TrainRequest, saved: dict[str, Any] | None
-) -> GanTrainer:
+def _restore(at: SiteStudy, plan: PhasePlan | None, request: TrainRequest, saved: dict[str, Any] | None) -> GanTrainer:
     """A trainer at the shared state, with the optimizers as this site left them."""
     seed = hashlib.sha256(f"{at.study.seed}/{at.site}/{request.round}".encode()).digest()
     trainer = GanTrainer(

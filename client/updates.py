@@ -8,9 +8,12 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from common.errors import SiteError
 from common.files import write_atomically
 from common.messages import Vector
+from common.secagg.encoding import Encoding, Integers
 
 FILE_NAME = "updates.json"
 
@@ -28,6 +31,33 @@ class MadeUpdate:
     round: int
     vector: Vector
     id: str
+
+    @property
+    def floats(self) -> Vector:
+        """The vector as it leaves where nothing masks it."""
+        return self.vector
+
+
+@dataclass(frozen=True)
+class MadeSum:
+    """A noisy sum over patients.
+
+    Args:
+        round: the round.
+        vector: (dim,) int64.
+        encoding: of the integers.
+        id: random.
+    """
+
+    round: int
+    vector: Integers
+    encoding: Encoding
+    id: str
+
+    @property
+    def floats(self) -> Vector:
+        """The vector as it leaves where nothing masks it."""
+        return np.asarray(self.vector * 2.0**-self.encoding.fraction_bits, np.float32)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ changes speed (``[performance]``); the digest that every message carries covers 
 
 import hashlib
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.errors import ConfigError
 from common.secagg.encoding import MODULUS_BITS, Encoding, check_capacity, fewest_bits
+from common.secagg.neighbours import COMPLETE
 
 # Labels and names pass through Flower's run config as "a,b" and "name=count,...": no such signs, no spaces at the ends.
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^,=\s]([^,=]*[^,=\s])?$")]
 LossName = Literal["non_saturating", "hinge", "least_squares"]
+Algorithm = Literal["local", "joint", "moments"]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -102,14 +105,38 @@ class PrivacyConfig(Part):
     epsilon: float = Field(10.0, gt=0, le=1000)
     delta: float = Field(1e-5, gt=0, lt=0.01)
     clip_norm: float = Field(1.0, gt=0, le=1e6)
+    colluding_sites: int = Field(1, ge=0, le=10_000)  # that may tell the server their share of a sum's noise
     sampling_probability: float = Field(0.25, gt=0, le=1)
     images_per_patient: int = Field(4, ge=1, le=1000)
 
 
-class FederationConfig(Part):
-    """How the sites train together. ``contracted_patients`` is each site's public cohort size, by site name."""
+class PhaseConfig(Part):
+    """A stretch of a study, ``[[federation.phase]]``: rounds of one algorithm, for a share of the study's epsilon.
 
-    algorithm: Literal["local"] = "local"
+    ``steps`` are the discriminator steps of one round: a site's own with ``local``, everybody's together with
+    ``joint``; a round of ``moments`` is one release and has 1.
+    """
+
+    algorithm: Algorithm
+    share: float = Field(1.0, gt=0, le=1)
+    rounds: int = Field(1, ge=1, le=100_000)
+    steps: int = Field(1, ge=1, le=100_000)
+
+    @model_validator(mode="after")
+    def _one_release(self) -> Self:
+        if self.algorithm == "moments" and self.steps != 1:
+            raise ValueError("a round of moments is one release: leave out steps, or say 1")
+        return self
+
+
+class FederationConfig(Part):
+    """How the sites train together. ``contracted_patients`` is each site's public cohort size, by site name.
+
+    Either ``algorithm`` with ``rounds`` of ``local_steps`` steps, or several ``phase`` tables in their order;
+    ``auto`` chooses the phases from the contract and epsilon (``common/phases.py``).
+    """
+
+    algorithm: Algorithm | Literal["auto"] = "local"
     aggregation: Literal["secure", "plain"] = "secure"
     weights: Literal["equal", "contracted"] = "equal"
     rounds: int = Field(10, ge=1, le=100_000)
@@ -118,6 +145,25 @@ class FederationConfig(Part):
     minimum_patients: int = Field(20, ge=1)
     round_timeout_seconds: float = Field(3600, gt=0)
     contracted_patients: dict[SiteName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    phase: tuple[PhaseConfig, ...] = ()
+
+    @field_validator("phase", mode="before")
+    @classmethod
+    def _split_phases(cls, value: Any) -> Any:
+        # Flower's run config has no lists: there the phases are one string "algorithm key=value ...; ...".
+        if isinstance(value, str):
+            return tuple(_phase_of(text.split()) for text in value.split(";") if text.strip())
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        if not self.phase:
+            return self
+        if any(getattr(self, key) != type(self).model_fields[key].default for key in _SHORT_FORM):
+            raise ValueError(f"phases say what {', '.join(_SHORT_FORM)} would: leave these out beside phase tables")
+        if abs(sum(phase.share for phase in self.phase) - 1) > 1e-6:
+            raise ValueError("the shares of the phases must add up to 1")
+        return self
 
     @field_validator("contracted_patients", mode="before")
     @classmethod
@@ -169,10 +215,13 @@ class StudyConfig(Part):
 
     @model_validator(mode="after")
     def _generator_trains(self) -> Self:
-        if self.federation.local_steps < self.gan.discriminator_steps_per_generator_step:
+        if self.federation.algorithm == "auto":
+            return self
+        least = self.gan.discriminator_steps_per_generator_step
+        if any(phase.algorithm == "local" and phase.steps < least for phase in self.phases):
             raise ValueError(
-                "federation.local_steps must be at least gan.discriminator_steps_per_generator_step, "
-                "else the generator never makes a step"
+                "federation.local_steps (or the steps of a local phase) must be at least "
+                "gan.discriminator_steps_per_generator_step, else the generator never makes a step"
             )
         return self
 
@@ -185,6 +234,11 @@ class StudyConfig(Part):
                 "federation.minimum_sites must be at least 2 with secure aggregation: "
                 "the sum over one site is its update"
             )
+        if self.num_noisy < 1:
+            raise ValueError(
+                "federation.minimum_sites must be above privacy.colluding_sites (above 32 sites, a third of it): the "
+                "sites that do not collude make the noise of a sum"
+            )
         _ = self.encoding
         return self
 
@@ -195,9 +249,58 @@ class StudyConfig(Part):
         return self.secure_aggregation.encoding_for(num_sites)
 
     @property
+    def phases(self) -> tuple[PhaseConfig, ...]:
+        """The phases in their order, however the study says them.
+
+        Raises ConfigError when they are to be chosen from a contract that the study does not have yet.
+        """
+        federation = self.federation
+        if federation.phase:
+            return federation.phase
+        if federation.algorithm == "auto":
+            from common.phases import choose
+
+            return choose(self).phases
+        steps = 1 if federation.algorithm == "moments" else federation.local_steps
+        return (PhaseConfig(algorithm=federation.algorithm, rounds=federation.rounds, steps=steps),)
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds of all phases."""
+        return sum(phase.rounds for phase in self.phases)
+
+    @property
     def total_steps(self) -> int:
-        """Discriminator steps of one site over the whole study."""
-        return self.federation.rounds * self.federation.local_steps
+        """Discriminator steps of one site, and moments releases, over the whole study."""
+        return sum(phase.rounds * phase.steps for phase in self.phases)
+
+    def phase_number(self, round_number: int) -> int:
+        """Index of the phase of a round; rounds count from 1 through all phases. ValueError for no such round."""
+        last = 0
+        for number, phase in enumerate(self.phases):
+            last += phase.rounds
+            if 0 < round_number <= last:
+                return number
+        raise ValueError(f"expected a round from 1 to {last}, found {round_number}")
+
+    def last_round(self, phase_number: int) -> int:
+        """The number of the last round of a phase."""
+        return sum(phase.rounds for phase in self.phases[: phase_number + 1])
+
+    @property
+    def num_noisy(self) -> int:
+        """Sites that are sure to have shared the noise of a sum of ``joint`` or ``moments``: the fewest that a sum may
+        be over, less those that may collude. Without secure aggregation every site makes all of it.
+
+        In a cohort of more than ``COMPLETE`` sites, what a cheating server cannot open is a sum over fewer than a third
+        of them (``common/secagg/neighbours.py``); the cohort itself is of ``minimum_sites`` at least.
+        """
+        if self.federation.aggregation == "plain":
+            return 1
+        fewest = self.federation.minimum_sites
+        if len(self.federation.contracted_patients) > COMPLETE:
+            fewest = min(fewest, math.ceil(max(fewest, COMPLETE + 1) / 3))
+        return fewest - self.privacy.colluding_sites
 
     def contracted_split(self, site: str) -> tuple[int, int]:
         """Public numbers of training and held-out patients of a site: its contracted size by the nominal share.
@@ -278,12 +381,31 @@ class StudyConfig(Part):
                 flat[f"study.{key}"] = value
                 continue
             for inner, leaf in value.items():
-                if isinstance(leaf, list):
+                if inner == "phase":
+                    leaf = "; ".join(_phase_text(phase) for phase in leaf)
+                elif isinstance(leaf, list):
                     leaf = ",".join(leaf)
                 elif isinstance(leaf, dict):
                     leaf = ",".join(f"{name}={count}" for name, count in leaf.items())
                 flat[f"study.{key}.{inner}"] = leaf
         return flat
+
+
+_SHORT_FORM = ("algorithm", "rounds", "local_steps")
+
+
+def _phase_of(words: list[str]) -> dict[str, str]:
+    """A phase from its words: the algorithm, then key=value."""
+    pairs = [word.partition("=") for word in words[1:]]
+    keys = [key for key, _, _ in pairs]
+    if not all(sign for _, sign, _ in pairs) or len({"algorithm", *keys}) < len(words):
+        raise ValueError("expected 'algorithm key=value key=value', each key once, with a semicolon between phases")
+    return {"algorithm": words[0], **{key: value for key, _, value in pairs}}
+
+
+def _phase_text(phase: dict[str, Any]) -> str:
+    """The inverse of ``_phase_of``."""
+    return " ".join([phase["algorithm"], *(f"{key}={value}" for key, value in phase.items() if key != "algorithm")])
 
 
 def _checked(tree: dict[str, Any], source: str) -> StudyConfig:

@@ -76,13 +76,63 @@ class TrainRequest:
 
 
 @dataclass(frozen=True)
+class MomentsRequest:
+    """Server to site: tell the noisy sum of your patients' features.
+
+    Args:
+        study_digest: the study.
+        round: the round.
+        features: the public feature map, flat float32 (``common/gan/feature_map.py``).
+    """
+
+    study_digest: str
+    round: int
+    features: Vector
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the round and the exact feature map: what the sum answers. It reads all, so once."""
+        digest = hashlib.sha256(f"{self.study_digest}/{self.round}/moments/".encode())
+        digest.update(self.features.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class JointRequest:
+    """Server to site: what do this step's patients say of this discriminator?
+
+    Args:
+        study_digest: the study.
+        round: the round.
+        step: counts from 1 within the round.
+        discriminator: the shared discriminator, flat float32.
+    """
+
+    study_digest: str
+    round: int
+    step: int
+    discriminator: Vector
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of round, step and the exact discriminator: what the sum answers. It reads all, so once."""
+        digest = hashlib.sha256(f"{self.study_digest}/{self.round}/joint/{self.step}/".encode())
+        digest.update(self.discriminator.tobytes())
+        return digest.hexdigest()
+
+
+Work = TrainRequest | MomentsRequest
+"""What the sites are asked to sum, under secure aggregation or in the clear."""
+
+
+@dataclass(frozen=True)
 class LocalUpdate:
-    """Site to server, only in a study that says ``aggregation = "plain"``: the update as it is.
+    """Site to server, only in a study that says ``aggregation = "plain"``: the site's part of a sum as it is.
 
     Args:
         round: the round that was asked for.
-        vector: trained minus shared of the generator, then of the discriminator, times the site's public weight,
-            (dim,) float32; private by itself, every step was clipped and noised.
+        vector: (dim,) float32, private by itself. After a TrainRequest trained minus shared of the generator, then of
+            the discriminator, times the site's public weight; else the noisy sum over the site's patients.
     """
 
     round: int
@@ -91,10 +141,11 @@ class LocalUpdate:
 
 @dataclass(frozen=True)
 class AdvertiseKeysRequest:
-    """Server to site: make fresh keys for this attempt at a secure sum. Answered by AdvertisedKeys."""
+    """Server to site: make fresh keys for this attempt at a secure sum of a round. Answered by AdvertisedKeys."""
 
     study_digest: str
     attempt: int
+    round: int
 
 
 @dataclass(frozen=True)
@@ -127,24 +178,24 @@ class SealedShares:
 
 @dataclass(frozen=True)
 class MaskedInputRequest:
-    """Server to site: train, and send the masked update. Answered by MaskedInput.
+    """Server to site: train, or tell the moments, and send the result masked. Answered by MaskedInput.
 
     Args:
         attempt: the attempt.
         sharers: the sites that shared their keys.
         sealed: by sender, the shares sealed for this site.
-        train: what to train from.
+        work: what to sum.
     """
 
     attempt: int
     sharers: tuple[str, ...]
     sealed: Mapping[str, bytes]
-    train: TrainRequest
+    work: Work
 
     @property
     def study_digest(self) -> str:
         """The study, as every request names it."""
-        return self.train.study_digest
+        return self.work.study_digest
 
 
 @dataclass(frozen=True)
@@ -193,13 +244,13 @@ class UnmaskRequest:
         study_digest: the study.
         attempt: the attempt.
         confirmations: by site, its signature.
-        another: whether keys for another attempt are wanted: not after the last round.
+        next_round: the round of the attempt for which keys are wanted; 0 for none, after the last round.
     """
 
     study_digest: str
     attempt: int
     confirmations: Mapping[str, bytes]
-    another: bool = True
+    next_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +271,169 @@ class UnmaskShares:
 
 
 @dataclass(frozen=True)
+class ShareSeedRequest:
+    """Server to site: these sites begin a session, many secure sums on one set of keys. Answered by SealedSeeds.
+
+    Args:
+        study_digest: the study.
+        attempt: the attempt; sums and sessions are counted together.
+        round: the round that all sums of the session belong to.
+        steps: how many sums there will be, at least 1.
+        cohort: each site's signed keys.
+    """
+
+    study_digest: str
+    attempt: int
+    round: int
+    steps: int
+    cohort: tuple[AdvertisedKeys, ...]
+
+
+@dataclass(frozen=True)
+class SealedSeeds:
+    """Site to server: shares of the seed of its self masks, one text for each holder that only the holder can open.
+
+    Args:
+        attempt: the attempt.
+        sealed: by holder, its share, sealed.
+        digests: by holder, SHA-256 of its share, so that the server can tell a wrong one.
+        seed_digest: SHA-256 of the seed.
+    """
+
+    attempt: int
+    sealed: Mapping[str, bytes]
+    digests: Mapping[str, bytes]
+    seed_digest: bytes
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """Server to site: the next step of a session. Answered by MaskedStep.
+
+    Args:
+        attempt: the attempt.
+        participants: the sites asked: first those that shared a seed, then survivors of the step before.
+        sealed: by sender, the shares sealed for this site; in the first step only.
+        work: what to sum.
+    """
+
+    attempt: int
+    participants: tuple[str, ...]
+    sealed: Mapping[str, bytes]
+    work: JointRequest
+
+    @property
+    def study_digest(self) -> str:
+        """The study, as every request names it."""
+        return self.work.study_digest
+
+    @property
+    def step(self) -> int:
+        """Counts from 1 within the session."""
+        return self.work.step
+
+
+@dataclass(frozen=True)
+class MaskedStep:
+    """Site to server: the integers of a step, masked. Uniformly random to whoever lacks the masks.
+
+    Args:
+        study_digest: the study.
+        attempt: the attempt.
+        round: the round.
+        step: of the session.
+        length: coordinates.
+        modulus_bits: bits of each.
+        key_digests: by partner, SHA-256 of the key of the mask in common; under the site's own name that of its self
+            mask. So the server can tell a wrong key when one is opened.
+        words: (num_words,) uint64, several coordinates each (``common/secagg/encoding.py``).
+    """
+
+    study_digest: str
+    attempt: int
+    round: int
+    step: int
+    length: int
+    modulus_bits: int
+    key_digests: Mapping[str, bytes]
+    words: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class ConfirmStepRequest:
+    """Server to site: the masked vectors of these sites came in time. Answered by Confirmation."""
+
+    study_digest: str
+    attempt: int
+    step: int
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OpenStepRequest:
+    """Server to site: these sites confirmed the same survivors of a step; by site, the signature. See OpenedStep."""
+
+    study_digest: str
+    attempt: int
+    step: int
+    confirmations: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class OpenedStep:
+    """Site to server: keys of masks of one step.
+
+    Args:
+        attempt: the attempt.
+        step: of the session.
+        self_key: of this site's own mask.
+        pair_keys: by participant that is no survivor, of the mask in common with it.
+    """
+
+    attempt: int
+    step: int
+    self_key: bytes
+    pair_keys: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class OpenSeedsRequest:
+    """Server to site: these survivors did not open the step; after the last step, also: the session is over.
+
+    Args:
+        study_digest: the study.
+        attempt: the attempt.
+        step: of the session.
+        owners: whose shares of a seed are wanted. They take part in no later step. May be empty after the last one.
+        next_round: the round of the attempt after this one, for which keys are wanted; 0 for none, and before the last
+            step.
+    """
+
+    study_digest: str
+    attempt: int
+    step: int
+    owners: tuple[str, ...]
+    next_round: int = 0
+
+
+@dataclass(frozen=True)
+class OpenedSeeds:
+    """Site to server: a share of the seed of each owner, and fresh keys for the attempt after this one.
+
+    Args:
+        attempt: the attempt.
+        step: of the session.
+        shares: by owner.
+        next_keys: keys for ``attempt + 1``; None when there is none, or the site will take no part in it.
+    """
+
+    attempt: int
+    step: int
+    shares: Mapping[str, bytes]
+    next_keys: AdvertisedKeys | None
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Site to server: no, with a bare code. The reason stays in the site's own log."""
 
@@ -229,10 +443,30 @@ class Refusal:
 Request = (
     EnrolRequest
     | TrainRequest
+    | MomentsRequest
+    | JointRequest
     | AdvertiseKeysRequest
     | ShareKeysRequest
     | MaskedInputRequest
     | ConfirmSurvivorsRequest
     | UnmaskRequest
+    | ShareSeedRequest
+    | StepRequest
+    | ConfirmStepRequest
+    | OpenStepRequest
+    | OpenSeedsRequest
 )
-Reply = Enrolment | LocalUpdate | AdvertisedKeys | SealedShares | MaskedInput | Confirmation | UnmaskShares | Refusal
+Reply = (
+    Enrolment
+    | LocalUpdate
+    | AdvertisedKeys
+    | SealedShares
+    | MaskedInput
+    | Confirmation
+    | UnmaskShares
+    | SealedSeeds
+    | MaskedStep
+    | OpenedStep
+    | OpenedSeeds
+    | Refusal
+)

@@ -17,34 +17,53 @@ from common.errors import BadPeer
 from common.messages import (
     AdvertiseKeysRequest,
     Confirmation,
+    ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     Enrolment,
     EnrolRequest,
+    JointRequest,
     LocalUpdate,
     MaskedInput,
     MaskedInputRequest,
+    MaskedStep,
+    MomentsRequest,
+    OpenedSeeds,
+    OpenedStep,
+    OpenSeedsRequest,
+    OpenStepRequest,
     Refusal,
     Reply,
     Request,
+    SealedSeeds,
     SealedShares,
     ShareKeysRequest,
+    ShareSeedRequest,
+    StepRequest,
     TrainRequest,
     UnmaskRequest,
     UnmaskShares,
     Vector,
+    Work,
 )
 from common.privacy.accounting import Budget, History, Mechanism
 from common.secagg.keys import AdvertisedKeys
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _ACTIONS: dict[type, str] = {
     EnrolRequest: "query.enrol",
     TrainRequest: "train.local_round",
+    MomentsRequest: "train.moments",
+    JointRequest: "train.joint_step",
     AdvertiseKeysRequest: "query.advertise_keys",
     ShareKeysRequest: "query.share_keys",
     MaskedInputRequest: "train.masked_input",
     ConfirmSurvivorsRequest: "query.confirm_survivors",
     UnmaskRequest: "query.unmask",
+    ShareSeedRequest: "query.share_seed",
+    StepRequest: "train.begin_step",
+    ConfirmStepRequest: "query.confirm_step",
+    OpenStepRequest: "query.open_step",
+    OpenSeedsRequest: "query.open_seeds",
 }
 
 _FACTS, _VECTORS = "facts", "vectors"
@@ -77,13 +96,14 @@ def pack(message: Request | Reply) -> RecordDict:
             budget = [message.budget.epsilon, message.budget.delta] if message.budget else []
             histories = _history_facts("", message.history) | _history_facts("earlier_", message.earlier)
             return _record("enrolment", facts | histories | {"budget": budget})
-        case TrainRequest():
-            vectors = {"generator": message.generator, "discriminator": message.discriminator}
-            return _record("train_request", {"study_digest": message.study_digest, "round": message.round}, vectors)
+        case TrainRequest() | MomentsRequest():
+            return _record(_kind_of_work(message), *_work_facts(message))
+        case JointRequest():
+            return _record("joint_request", *_joint_facts(message))
         case LocalUpdate():
             return _record("local_update", {"round": message.round}, {"update": message.vector})
         case AdvertiseKeysRequest():
-            facts = {"study_digest": message.study_digest, "attempt": message.attempt}
+            facts = {"study_digest": message.study_digest, "attempt": message.attempt, "round": message.round}
             return _record("advertise_keys_request", facts)
         case AdvertisedKeys():
             return _record("advertised_keys", _keys_facts([message]))
@@ -100,14 +120,13 @@ def pack(message: Request | Reply) -> RecordDict:
             }
             return _record("sealed_shares", facts)
         case MaskedInputRequest():
-            facts = {
-                "study_digest": message.train.study_digest,
-                "round": message.train.round,
+            facts, vectors = _work_facts(message.work)
+            facts |= {
+                "work": _kind_of_work(message.work),
                 "attempt": message.attempt,
                 "sharers": list(message.sharers),
                 **_named("sealed", message.sealed),
             }
-            vectors = {"generator": message.train.generator, "discriminator": message.train.discriminator}
             return _record("masked_input_request", facts, vectors)
         case MaskedInput():
             facts = {
@@ -131,7 +150,7 @@ def pack(message: Request | Reply) -> RecordDict:
             facts = {
                 "study_digest": message.study_digest,
                 "attempt": message.attempt,
-                "another": message.another,
+                "next_round": message.next_round,
             }
             return _record("unmask_request", facts | _named("confirmations", message.confirmations))
         case UnmaskShares():
@@ -139,6 +158,58 @@ def pack(message: Request | Reply) -> RecordDict:
             shares = _named("self_masks", message.self_masks) | _named("mask_keys", message.mask_keys)
             next_keys = _keys_facts([message.next_keys] if message.next_keys else [])
             return _record("unmask_shares", facts | shares | next_keys)
+        case ShareSeedRequest():
+            facts = {
+                "study_digest": message.study_digest,
+                "attempt": message.attempt,
+                "round": message.round,
+                "steps": message.steps,
+            }
+            return _record("share_seed_request", facts | _keys_facts(message.cohort))
+        case SealedSeeds():
+            facts = {
+                "attempt": message.attempt,
+                **_named("sealed", message.sealed),
+                **_named("digests", message.digests),
+                "seed_digest": message.seed_digest,
+            }
+            return _record("sealed_seeds", facts)
+        case StepRequest():
+            facts, vectors = _joint_facts(message.work)
+            facts |= {
+                "attempt": message.attempt,
+                "participants": list(message.participants),
+                **_named("sealed", message.sealed),
+            }
+            return _record("step_request", facts, vectors)
+        case MaskedStep():
+            facts = {
+                "study_digest": message.study_digest,
+                "round": message.round,
+                "length": message.length,
+                "modulus_bits": message.modulus_bits,
+            }
+            named = _named("key_digests", message.key_digests)
+            return _record("masked_step", facts | _step_facts(message) | named, {"words": message.words})
+        case ConfirmStepRequest():
+            facts = {"study_digest": message.study_digest, "survivors": list(message.survivors)}
+            return _record("confirm_step_request", facts | _step_facts(message))
+        case OpenStepRequest():
+            facts = {"study_digest": message.study_digest, **_named("confirmations", message.confirmations)}
+            return _record("open_step_request", facts | _step_facts(message))
+        case OpenedStep():
+            facts = {"self_key": message.self_key, **_named("pair_keys", message.pair_keys)}
+            return _record("opened_step", facts | _step_facts(message))
+        case OpenSeedsRequest():
+            facts = {
+                "study_digest": message.study_digest,
+                "owners": list(message.owners),
+                "next_round": message.next_round,
+            }
+            return _record("open_seeds_request", facts | _step_facts(message))
+        case OpenedSeeds():
+            facts = _step_facts(message) | _named("shares", message.shares)
+            return _record("opened_seeds", facts | _keys_facts([message.next_keys] if message.next_keys else []))
         case Refusal():
             return _record("refusal", {"code": message.code})
 
@@ -190,6 +261,12 @@ class _Facts:
         sites = self.many("key_sites", _text)
         columns = [self.many(key, _bytes) for key in ("share_keys", "mask_keys_public", "key_signatures")]
         return tuple(AdvertisedKeys(*row) for row in zip(sites, *columns, strict=True))
+
+    def next_keys(self) -> AdvertisedKeys | None:
+        following = self.keys()
+        if len(following) > 1:
+            raise ValueError("expected the keys of one site")
+        return following[0] if following else None
 
     def history(self, prefix: str = "") -> History:
         columns = (
@@ -248,12 +325,14 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
                 facts.text("identity"),
                 facts.text("roster_digest"),
             )
-        case "train_request":
-            return _train_request(facts)
+        case "train_request" | "moments_request":
+            return _work(kind, facts)
+        case "joint_request":
+            return _joint_request(facts)
         case "local_update":
             return LocalUpdate(facts.number("round"), facts.vector("update"))
         case "advertise_keys_request":
-            return AdvertiseKeysRequest(facts.text("study_digest"), facts.number("attempt"))
+            return AdvertiseKeysRequest(facts.text("study_digest"), facts.number("attempt"), facts.number("round"))
         case "advertised_keys":
             (only,) = facts.keys()
             return only
@@ -270,7 +349,7 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
             )
         case "masked_input_request":
             attempt, sharers = facts.number("attempt"), tuple(facts.many("sharers", _text))
-            return MaskedInputRequest(attempt, sharers, facts.named("sealed"), _train_request(facts))
+            return MaskedInputRequest(attempt, sharers, facts.named("sealed"), _work(facts.text("work"), facts))
         case "masked_input":
             return MaskedInput(
                 facts.text("study_digest"),
@@ -287,12 +366,46 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
             return Confirmation(facts.number("attempt"), facts.data("signature"))
         case "unmask_request":
             study_digest, attempt = facts.text("study_digest"), facts.number("attempt")
-            return UnmaskRequest(study_digest, attempt, facts.named("confirmations"), facts.take(bool, "another"))
+            return UnmaskRequest(study_digest, attempt, facts.named("confirmations"), facts.number("next_round"))
         case "unmask_shares":
-            self_masks, mask_keys, following = facts.named("self_masks"), facts.named("mask_keys"), facts.keys()
-            if len(following) > 1:
-                raise ValueError("expected the keys of one site")
-            return UnmaskShares(facts.number("attempt"), self_masks, mask_keys, following[0] if following else None)
+            self_masks, mask_keys = facts.named("self_masks"), facts.named("mask_keys")
+            return UnmaskShares(facts.number("attempt"), self_masks, mask_keys, facts.next_keys())
+        case "share_seed_request":
+            study_digest, attempt = facts.text("study_digest"), facts.number("attempt")
+            return ShareSeedRequest(study_digest, attempt, facts.number("round"), facts.number("steps"), facts.keys())
+        case "sealed_seeds":
+            attempt, seed_digest = facts.number("attempt"), facts.data("seed_digest")
+            return SealedSeeds(attempt, facts.named("sealed"), facts.named("digests"), seed_digest)
+        case "step_request":
+            attempt, participants = facts.number("attempt"), tuple(facts.many("participants", _text))
+            return StepRequest(attempt, participants, facts.named("sealed"), _joint_request(facts))
+        case "masked_step":
+            return MaskedStep(
+                facts.text("study_digest"),
+                facts.number("attempt"),
+                facts.number("round"),
+                facts.number("step"),
+                facts.number("length"),
+                facts.number("modulus_bits"),
+                facts.named("key_digests"),
+                facts.vector("words", np.uint64),
+            )
+        case "confirm_step_request":
+            study_digest, survivors = facts.text("study_digest"), tuple(facts.many("survivors", _text))
+            return ConfirmStepRequest(study_digest, facts.number("attempt"), facts.number("step"), survivors)
+        case "open_step_request":
+            study_digest, confirmations = facts.text("study_digest"), facts.named("confirmations")
+            return OpenStepRequest(study_digest, facts.number("attempt"), facts.number("step"), confirmations)
+        case "opened_step":
+            attempt, step = facts.number("attempt"), facts.number("step")
+            return OpenedStep(attempt, step, facts.data("self_key"), facts.named("pair_keys"))
+        case "open_seeds_request":
+            study_digest, attempt, step = facts.text("study_digest"), facts.number("attempt"), facts.number("step")
+            owners = tuple(facts.many("owners", _text))
+            return OpenSeedsRequest(study_digest, attempt, step, owners, facts.number("next_round"))
+        case "opened_seeds":
+            attempt, step = facts.number("attempt"), facts.number("step")
+            return OpenedSeeds(attempt, step, facts.named("shares"), facts.next_keys())
         case "refusal":
             return Refusal(facts.text("code"))
         case _:
@@ -316,9 +429,36 @@ def _array(vector: NDArray[Any]) -> Array:
     return Array(str(vector.dtype), vector.shape, SType.NUMPY, content)
 
 
-def _train_request(facts: _Facts) -> TrainRequest:
-    generator, discriminator = facts.vector("generator"), facts.vector("discriminator")
-    return TrainRequest(facts.text("study_digest"), facts.number("round"), generator, discriminator)
+def _kind_of_work(work: Work) -> str:
+    return "train_request" if isinstance(work, TrainRequest) else "moments_request"
+
+
+def _work_facts(work: Work) -> tuple[dict[str, Any], dict[str, Vector]]:
+    facts: dict[str, Any] = {"study_digest": work.study_digest, "round": work.round}
+    if isinstance(work, MomentsRequest):
+        return facts, {"features": work.features}
+    return facts, {"generator": work.generator, "discriminator": work.discriminator}
+
+
+def _joint_facts(work: JointRequest) -> tuple[dict[str, Any], dict[str, Vector]]:
+    facts: dict[str, Any] = {"study_digest": work.study_digest, "round": work.round, "step": work.step}
+    return facts, {"discriminator": work.discriminator}
+
+
+def _joint_request(facts: _Facts) -> JointRequest:
+    number, step = facts.number("round"), facts.number("step")
+    return JointRequest(facts.text("study_digest"), number, step, facts.vector("discriminator"))
+
+
+def _work(kind: str, facts: _Facts) -> Work:
+    study_digest, number = facts.text("study_digest"), facts.number("round")
+    match kind:
+        case "train_request":
+            return TrainRequest(study_digest, number, facts.vector("generator"), facts.vector("discriminator"))
+        case "moments_request":
+            return MomentsRequest(study_digest, number, facts.vector("features"))
+        case _:
+            raise ValueError("unknown work")
 
 
 def _history_facts(prefix: str, history: History) -> dict[str, Any]:
@@ -327,6 +467,12 @@ def _history_facts(prefix: str, history: History) -> dict[str, Any]:
         f"{prefix}noise_multiplier": [m.noise_multiplier for m in history],
         f"{prefix}steps": [m.steps for m in history],
     }
+
+
+def _step_facts(
+    message: MaskedStep | ConfirmStepRequest | OpenStepRequest | OpenedStep | OpenSeedsRequest | OpenedSeeds,
+) -> dict[str, Any]:
+    return {"attempt": message.attempt, "step": message.step}
 
 
 def _keys_facts(cohort: Sequence[AdvertisedKeys]) -> dict[str, Any]:

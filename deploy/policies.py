@@ -46,7 +46,7 @@ def init(folder: Path, epsilon: float, delta: float, minimum_cohort: int, public
     policy = Policy.checked(
         roster_digest=load_roster(pinned).digest if pinned.exists() else "",
         minimum_cohort=minimum_cohort,
-        algorithms=("local",),
+        algorithms=("local", "joint", "moments"),
         outputs=("masked_updates",),
         largest_sampling_probability=FIRST_SAMPLING_PROBABILITY,
         minimum_patients=FIRST_MINIMUM_PATIENTS,

@@ -28,7 +28,10 @@ def audit(study_path: Path | None = None, trials: int = canary.TRIALS, *, as_jso
     plan = make_plan(study)
     if plan is None:
         raise ConfigError("The study has privacy.enabled = false: it claims nothing to audit.", "Give another study.")
-    found = canary.audit(study, plan, trials=trials)
+    stepped = [planned for phase, planned in zip(study.phases, plan.phases, strict=True) if phase.algorithm != "moments"]
+    if not stepped:
+        raise ConfigError("The study has no discriminator's step, which is what is audited.", "Give another study.")
+    found = canary.audit(study, stepped[0], trials=trials)
     if as_json:
         json.dump(to_json(study, found), sys.stdout, indent=2)
         print()

@@ -1,4 +1,4 @@
-"""Progress on the terminal: the warm start, the round, and each site that is training."""
+"""Progress on the terminal: the server's own training, the round, and each site that is training."""
 
 from types import TracebackType
 from typing import Self
@@ -19,7 +19,7 @@ class ProgressBars:
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=False)
-        self._warm_start: TaskID | None = None
+        self._server: dict[str, TaskID] = {}
         self._round: TaskID | None = None
         self._sites: dict[int, TaskID] = {}
         self._round_number = 0
@@ -38,39 +38,50 @@ class ProgressBars:
         """One line of text above the bars."""
         self._console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    def warm_start_stepped(self, done: int, total: int) -> None:
-        """Listener of the warm start's steps."""
-        if self._warm_start is None:
-            self.say(f"warm start: {total} steps on public phantoms")
-            self._warm_start = self._progress.add_task("warm start", total=total)
-        self._progress.update(self._warm_start, completed=done)
+    def server_stepped(self, done: int, total: int) -> None:
+        """Listener of the server's own training: the warm start, and after a round of moments the generator."""
+        what = "warm start" if self._round is None else f"round {self._round_number}: generator"
+        if what not in self._server:
+            self.say(f"{what}: {total} steps")
+            self._server[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._server[what], completed=done)
 
     def watcher(self, study: StudyConfig, names: dict[int, str]) -> Watcher:
         """What the local grid tells about rounds and sites; ``names`` by node id."""
-        rounds, steps = study.federation.rounds, study.federation.local_steps
+        rounds = study.total_rounds
 
         def started(node: int, group: str) -> None:
-            if not group.isdecimal():
+            number, step = _round_and_step(group)
+            if number == 0:
                 return
             if self._round is None:
                 self._round = self._progress.add_task("rounds", total=rounds)
-            if int(group) > self._round_number:
-                self._round_number = int(group)
+            if number > self._round_number:
+                self._round_number = number
                 self._progress.update(self._round, completed=self._round_number - 1)
                 if not self._console.is_terminal:
-                    self.say(f"round {group} of {rounds}")
+                    self.say(f"round {number} of {rounds}")
+            steps = study.phases[study.phase_number(number)].steps
             if node not in self._sites and len(self._sites) < MOST_SITES_SHOWN:
                 self._sites[node] = self._progress.add_task(f"  {names[node]}", total=steps)
-            if node in self._sites:
+            if node in self._sites and step <= 1:
                 self._progress.reset(self._sites[node], total=steps)
+            if node in self._sites and step:
+                self._progress.update(self._sites[node], completed=step)
 
         def stepped(node: int, done: int, total: int) -> None:
             if node in self._sites:
                 self._progress.update(self._sites[node], completed=done, total=total)
 
         def finished(node: int, group: str) -> None:
-            if self._round is not None and group == str(rounds) and len(names) <= MOST_SITES_SHOWN:
+            if self._round is not None and _round_and_step(group)[0] == rounds and len(names) <= MOST_SITES_SHOWN:
                 if all(self._progress.tasks[task].finished for task in self._sites.values()):
                     self._progress.update(self._round, completed=rounds)
 
         return Watcher(started, stepped, finished)
+
+
+def _round_and_step(group: str) -> tuple[int, int]:
+    """What a site is asked for in a message of this group: a round, or a step of one; (0, 0) for a short question."""
+    number, _, step = group.partition("/")
+    return (int(number), int(step or 0)) if number.isdecimal() and (step or "0").isdecimal() else (0, 0)

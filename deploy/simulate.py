@@ -185,7 +185,7 @@ def _run(study: StudyConfig, out: Path, device: str, *, resume: bool, bars: Prog
     )
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
     try:
-        with progress.listening(bars.warm_start_stepped), _stopped_by_ctrl_c(grid):
+        with progress.listening(bars.server_stepped), _stopped_by_ctrl_c(grid):
             server.app.app(grid, context)
     finally:
         grid.close()

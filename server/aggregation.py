@@ -47,7 +47,8 @@ def aggregate(study: StudyConfig, state: GanState, update: AggregateUpdate) -> G
     mean: Vector = update.total / np.float32(sum(study.site_weight(site) for site in update.sites))
     split = len(state.generator)
     generator, discriminator = state.generator + mean[:split], state.discriminator + mean[split:]
-    steps = study.federation.local_steps // study.gan.discriminator_steps_per_generator_step
+    phase = study.phases[study.phase_number(state.round + 1)]
+    steps = phase.steps // study.gan.discriminator_steps_per_generator_step
     decay = np.float32(study.gan.ema_decay**steps)
     average: Vector = decay * state.generator_average + np.float32(1 - decay) * generator
     return replace(

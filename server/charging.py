@@ -8,11 +8,10 @@ is resumed, each site's own history takes the place of what the record assumed.
 |---|---|
 | was asked to train | one planned round more, whatever became of its answer |
 | refused with a code that a site gives only before it charges | what was charged before |
-| refused with ``budget_exhausted`` | the whole plan: an interrupted round is paid for and lost |
+| refused with ``budget_exhausted`` | the phase's whole plan: an interrupted round is paid for and lost |
 | refused with ``ledger`` | one planned round: the line may have been written |
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -30,8 +29,8 @@ from common.errors import (
 )
 from common.messages import Enrolment
 from common.privacy import accounting
-from common.privacy.accounting import History
-from common.privacy.plan import PrivacyPlan
+from common.privacy.accounting import History, Mechanism
+from common.privacy.plan import PrivacyPlan, same_kind
 from server import record
 from server.record import BudgetRecord, RunRecord, SiteRecord
 from server.round import RoundOutcome
@@ -40,19 +39,17 @@ BEFORE_CHARGE = frozenset(
     kind.code
     for kind in (SiteError, ConfigError, PrivacyError, PolicyError, OverBudget, BadPeer, OutOfOrder, TooFewSurvivors)
 )
-SAME_PLAN = 1e-6  # relative; sites calibrate the noise on machines of their own
 
 
 def is_possible(study: StudyConfig, plan: PrivacyPlan | None, site: SiteRecord, history: History) -> bool:
-    """Whether an honest site could have this history when it enrols: the plan's mechanism, all it answered included."""
+    """Whether an honest site could have this history when it enrols: of the plan, all that it answered included."""
     if plan is None:
         return not history
-    planned = plan.mechanism
-    least = min(len(site.rounds) * study.federation.local_steps, planned.steps)
-    return least <= accounting.num_steps(history) <= planned.steps and all(
-        math.isclose(m.sampling_probability, planned.sampling_probability, rel_tol=SAME_PLAN)
-        and math.isclose(m.noise_multiplier, planned.noise_multiplier, rel_tol=SAME_PLAN)
-        for m in history
+    answered: History = ()
+    for number in site.rounds:
+        answered = _with_planned(study, plan, answered, number)
+    return plan.covers(history) and all(
+        _steps_of(mechanism, history) >= _steps_of(mechanism, answered) for mechanism in answered
     )
 
 
@@ -65,25 +62,32 @@ def enrol(site: SiteRecord, reply: Enrolment) -> None:
 
 
 def charge_ahead(
-    study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, sites: Iterable[str]
+    study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, number: int, sites: Iterable[str]
 ) -> dict[str, History]:
-    """Charge one planned round to every site that is about to be asked to train. Returns what each was charged before.
+    """Charge a planned round to every site that is about to be asked for it. Returns what each was charged before.
 
     The caller saves the record before it asks.
     """
     before = {name: record.history(run.site(name)) for name in sites}
     for name, spent in before.items():
-        _set(run.site(name), _with_planned(plan, spent, study.federation.local_steps))
+        _set(run.site(name), _with_planned(study, plan, spent, number))
     return before
 
 
-def settle(plan: PrivacyPlan | None, run: RunRecord, outcome: RoundOutcome, before: dict[str, History]) -> None:
+def settle(
+    study: StudyConfig,
+    plan: PrivacyPlan | None,
+    run: RunRecord,
+    number: int,
+    outcome: RoundOutcome,
+    before: dict[str, History],
+) -> None:
     """Correct what was charged ahead by the refusals, whatever became of the round."""
     for name, code in outcome.refusals.items():
         site = run.site(name)
         site.refusals[code] = site.refusals.get(code, 0) + 1
         if code == BudgetExhausted.code and plan is not None:
-            _set(site, _with_planned(plan, record.history(site), plan.mechanism.steps))
+            _set(site, _with_planned(study, plan, record.history(site), number, whole=True))
         elif code in BEFORE_CHARGE and name in before and name not in outcome.answered:
             _set(site, before[name])
 
@@ -92,15 +96,26 @@ def is_spent(study: StudyConfig, outcome: RoundOutcome, num_sites: int) -> bool:
     """Whether a round failed for nothing but spent budgets, as after an interruption: then training is over."""
     spent = sum(code in (BudgetExhausted.code, OverBudget.code) for code in outcome.refusals.values())
     others = num_sites - len(outcome.refusals)
-    return outcome.update is None and others + spent >= study.federation.minimum_sites > others
+    return outcome.state is None and others + spent >= study.federation.minimum_sites > others
 
 
-def _with_planned(plan: PrivacyPlan | None, spent: History, steps: int) -> History:
-    """A history with planned steps more, at most as many as the plan has left."""
+def _steps_of(mechanism: Mechanism, history: History) -> int:
+    """Steps of the mechanism's kind, wherever in the history they are."""
+    return accounting.num_steps(other for other in history if same_kind(other, mechanism))
+
+
+def _with_planned(
+    study: StudyConfig, plan: PrivacyPlan | None, spent: History, number: int, *, whole: bool = False
+) -> History:
+    """A history with the steps of a round more, or all of its phase, at most as many as the plan has left."""
     if plan is None:
         return spent
-    steps = min(steps, plan.mechanism.steps - accounting.num_steps(spent))
-    return accounting.append(spent, replace(plan.mechanism, steps=steps)) if steps > 0 else spent
+    phase_number = study.phase_number(number)
+    steps = plan.steps_left(phase_number, spent)
+    if not whole:
+        steps = min(steps, study.phases[phase_number].steps)
+    mechanism = plan.phases[phase_number].mechanism
+    return accounting.append(spent, replace(mechanism, steps=steps)) if steps > 0 else spent
 
 
 def _set(site: SiteRecord, history: History) -> None:

@@ -15,9 +15,10 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from common.privacy import accounting
 from common.privacy.accounting import History, Mechanism
+from common.privacy.plan import PrivacyPlan
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Record(BaseModel):
@@ -32,6 +33,18 @@ class MechanismRecord(Record):
     sampling_probability: float
     noise_multiplier: float
     steps: int
+
+
+class PhaseRecord(Record):
+    """A phase as it was planned: ``steps`` in each of its rounds; the noise is None without privacy."""
+
+    algorithm: str
+    share: float
+    rounds: int
+    steps: int
+    sampling_probability: float | None
+    noise_multiplier: float | None
+    clip_norm: float | None
 
 
 class BudgetRecord(Record):
@@ -82,11 +95,12 @@ class WarmStartRecord(Record):
 class RunRecord(Record):
     """``run.json``. Times are UTC; ``finished`` is None while the run goes on. The sites' ledgers name ``run``: random.
 
+    ``phases_chosen`` says why these phases, where the study left the choice to Synthward.
     ``refused_sites`` has the code of each site that takes no part, by name; ``refused_nodes`` those of sites that
     refused before they gave a name.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     status: Literal["running", "completed", "interrupted", "failed"] = "running"
     error: str = ""
     run: str = ""
@@ -100,7 +114,8 @@ class RunRecord(Record):
     device: str
     aggregation: str
     rounds_completed: int = 0
-    noise_multiplier: float | None
+    phases: list[PhaseRecord] = Field(default_factory=list)
+    phases_chosen: str = ""
     warm_start: WarmStartRecord | None = None
     sites: list[SiteRecord] = Field(default_factory=list)
     refused_sites: dict[str, str] = Field(default_factory=dict)
@@ -133,6 +148,20 @@ def notice(study: StudyConfig, record_is_patient: bool) -> str:
         return "NOT PRIVATE: trained without differential privacy. For public data only."
     unit = "one record (image): the data had no patient ids" if record_is_patient else "one patient"
     return f"Trained with differential privacy; the privacy unit is {unit}."
+
+
+def phases(study: StudyConfig, plan: PrivacyPlan | None) -> list[PhaseRecord]:
+    """The study's phases with what the plan makes of them."""
+    planned = plan.phases if plan else [None] * len(study.phases)
+    return [
+        PhaseRecord(
+            **phase.model_dump(),
+            sampling_probability=found.mechanism.sampling_probability if found else None,
+            noise_multiplier=found.mechanism.noise_multiplier if found else None,
+            clip_norm=found.clip_norm if found else None,
+        )
+        for phase, found in zip(study.phases, planned, strict=True)
+    ]
 
 
 def mechanisms(history: History) -> list[MechanismRecord]:

@@ -4,7 +4,9 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +16,17 @@ from common.errors import INTERNAL, BudgetExhausted, ConfigError, FederationErro
 from common.gan import losses, networks
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector
-from common.messages import Enrolment
+from common.phases import choose
 from common.privacy import accounting
 from common.privacy.accounting import History
 from common.privacy.plan import PrivacyPlan, make_plan
 from server import charging, checkpoints, record, synthesis
-from server.aggregation import GanState, aggregate
+from server.aggregation import GanState
 from server.channel import Channel
 from server.enrolment import enrol
 from server.record import RunRecord
-from server.round import PlainRounds, RoundOutcome, Rounds
-from server.secure_round import SecureRounds
+from server.round import RoundOutcome
+from server.rounds import Rounds, sums_over
 from server.warm_start import warm_start
 
 logger = logging.getLogger("synthward.server")
@@ -63,19 +65,21 @@ def run_study(
     before = run.seconds.get("total", 0.0)
     try:
         enrolled = enrol(study, channel, run, plan, signature)
-        rounds = _rounds(study, channel, enrolled)
+        sums = sums_over(study, channel, enrolled)
+        rounds = Rounds(study, plan, sums, torch_device, out / "checkpoints")
         attempts = 0
-        while state.round < study.federation.rounds:
+        while state.round < study.total_rounds:
             clock = _Clock(channel)
             outcome = _attempt(study, plan, out, run, rounds, state)
             attempts += 1
-            if outcome.update is not None:
-                state, attempts = aggregate(study, state, outcome.update), 0
+            if outcome.state is not None:
+                state, attempts = outcome.state, 0
                 _keep(study, out, run, state, outcome, clock)
             elif charging.is_spent(study, outcome, len(enrolled)):
                 run.error = BudgetExhausted.code
-                logger.warning("the sites have spent all that the study planned after round %d", state.round)
-                break
+                last = study.last_round(study.phase_number(state.round + 1))
+                logger.warning("the sites have spent what the study planned for rounds %d to %d", state.round + 1, last)
+                state, attempts = replace(state, round=last), 0  # the phases after this one have noise of their own
             elif attempts == ATTEMPTS_A_ROUND:
                 codes = ", ".join(f"{site}: {code}" for site, code in sorted(outcome.refusals.items()))
                 raise TooFewSurvivors(
@@ -101,12 +105,6 @@ def run_study(
     return run
 
 
-def _rounds(study: StudyConfig, channel: Channel, enrolled: Mapping[int, Enrolment]) -> Rounds:
-    if study.federation.aggregation == "plain":
-        return PlainRounds(study, channel, {node: site.site for node, site in enrolled.items()})
-    return SecureRounds(study, channel, enrolled)
-
-
 def _attempt(
     study: StudyConfig, plan: PrivacyPlan | None, out: Path, run: RunRecord, rounds: Rounds, state: GanState
 ) -> RoundOutcome:
@@ -114,11 +112,11 @@ def _attempt(
     before: dict[str, History] = {}
 
     def charge(names: tuple[str, ...]) -> None:
-        before.update(charging.charge_ahead(study, plan, run, names))
+        before.update(charging.charge_ahead(study, plan, run, state.round + 1, names))
         run.save(out)
 
     outcome = rounds.run(state, charge)
-    charging.settle(plan, run, outcome, before)
+    charging.settle(study, plan, run, state.round + 1, outcome, before)
     return outcome
 
 
@@ -141,7 +139,8 @@ def _begin(
         versions=record.versions(),
         device=str(device),
         aggregation=study.federation.aggregation,
-        noise_multiplier=plan.mechanism.noise_multiplier if plan else None,
+        phases=record.phases(study, plan),
+        phases_chosen=choose(study).reason if study.federation.algorithm == "auto" else "",
         warm_start=start.record,
         refused_sites=dict(refused),
     )
@@ -189,7 +188,9 @@ def _keep(study: StudyConfig, out: Path, run: RunRecord, state: GanState, outcom
         sites[name] = {"steps_charged": accounting.num_steps(record.history(site)), "epsilon_rdp": site.epsilon}
     run.rounds_completed = state.round
     run.save(out)
-    line = {"round": state.round, "private": run.private, **_losses(study, state)}
+    algorithm = study.phases[study.phase_number(state.round)].algorithm
+    line: dict[str, Any] = {"round": state.round, "algorithm": algorithm, "private": run.private}
+    line |= {**_losses(study, state), **outcome.facts}
     refused = dict(outcome.refusals)
     record.append_metrics(out, {**line, "sites": sites, "refused": refused, "seconds": clock.seconds()})
     checkpoints.save(out / "checkpoints", state, run.notice)

@@ -10,17 +10,28 @@ from common.config import StudyConfig
 from common.messages import (
     AdvertiseKeysRequest,
     Confirmation,
+    ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     Enrolment,
     EnrolRequest,
+    JointRequest,
     LocalUpdate,
     MaskedInput,
     MaskedInputRequest,
+    MaskedStep,
+    MomentsRequest,
+    OpenedSeeds,
+    OpenedStep,
+    OpenSeedsRequest,
+    OpenStepRequest,
     Refusal,
     Reply,
     Request,
+    SealedSeeds,
     SealedShares,
     ShareKeysRequest,
+    ShareSeedRequest,
+    StepRequest,
     TrainRequest,
     UnmaskRequest,
     UnmaskShares,
@@ -45,14 +56,29 @@ named_bytes = st.dictionaries(site_names, few_bytes, max_size=5)
 words = arrays.arrays(np.uint64, st.integers(0, 20))
 advertised = st.builds(AdvertisedKeys, texts, few_bytes, few_bytes, few_bytes)
 train_requests = st.builds(TrainRequest, texts, counts, vectors, vectors)
+moments_requests = st.builds(MomentsRequest, texts, counts, vectors)
+joint_requests = st.builds(JointRequest, texts, counts, counts, vectors)
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(EnrolRequest, texts, texts, few_bytes),
     train_requests,
-    st.builds(AdvertiseKeysRequest, texts, counts),
+    moments_requests,
+    joint_requests,
+    st.builds(AdvertiseKeysRequest, texts, counts, counts),
     st.builds(ShareKeysRequest, texts, counts, st.lists(advertised, max_size=4).map(tuple)),
-    st.builds(MaskedInputRequest, counts, st.lists(texts, max_size=5).map(tuple), named_bytes, train_requests),
+    st.builds(
+        MaskedInputRequest,
+        counts,
+        st.lists(texts, max_size=5).map(tuple),
+        named_bytes,
+        train_requests | moments_requests,
+    ),
     st.builds(ConfirmSurvivorsRequest, texts, counts, st.lists(texts, max_size=5).map(tuple)),
-    st.builds(UnmaskRequest, texts, counts, named_bytes),
+    st.builds(UnmaskRequest, texts, counts, named_bytes, counts),
+    st.builds(ShareSeedRequest, texts, counts, counts, counts, st.lists(advertised, max_size=4).map(tuple)),
+    st.builds(StepRequest, counts, st.lists(texts, max_size=5).map(tuple), named_bytes, joint_requests),
+    st.builds(ConfirmStepRequest, texts, counts, counts, st.lists(texts, max_size=5).map(tuple)),
+    st.builds(OpenStepRequest, texts, counts, counts, named_bytes),
+    st.builds(OpenSeedsRequest, texts, counts, counts, st.lists(texts, max_size=5).map(tuple), counts),
 )
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Enrolment, site_names, texts, st.booleans(), histories, histories, budgets, counts, texts, texts),
@@ -62,6 +88,10 @@ replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(MaskedInput, texts, counts, counts, counts, counts, words),
     st.builds(Confirmation, counts, few_bytes),
     st.builds(UnmaskShares, counts, named_bytes, named_bytes, st.none() | advertised),
+    st.builds(SealedSeeds, counts, named_bytes, named_bytes, few_bytes),
+    st.builds(MaskedStep, texts, counts, counts, counts, counts, counts, named_bytes, words),
+    st.builds(OpenedStep, counts, counts, few_bytes, named_bytes),
+    st.builds(OpenedSeeds, counts, counts, named_bytes, st.none() | advertised),
     st.builds(Refusal, texts),
 )
 
@@ -77,6 +107,32 @@ def secure_aggregations(draw: st.DrawFn) -> dict[str, float | int]:
         "fraction_bits": fraction_bits,
         "modulus_bits": modulus_bits,
         "stage_timeout_seconds": draw(st.floats(0.1, 1e4)),
+    }
+
+
+@st.composite
+def phases(draw: st.DrawFn) -> list[dict[str, str | int | float]]:
+    """One to four phases whose shares of epsilon add up to 1."""
+    weights = draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
+    found: list[dict[str, str | int | float]] = []
+    for weight in weights:
+        algorithm = draw(st.sampled_from(["local", "joint", "moments"]))
+        steps = 1 if algorithm == "moments" else draw(st.integers(3, 100_000))  # the generator's every third is made
+        rounds = draw(st.integers(1, 100_000))
+        found.append({"algorithm": algorithm, "share": weight / sum(weights), "rounds": rounds, "steps": steps})
+    return found
+
+
+@st.composite
+def federations(draw: st.DrawFn) -> dict[str, object]:
+    """In the short form, or with phases."""
+    short = {"rounds": draw(st.integers(1, 100_000)), "algorithm": draw(st.sampled_from(["local", "joint", "moments"]))}
+    return {
+        **draw(st.just(short) | phases().map(lambda found: {"phase": found})),
+        "contracted_patients": draw(st.dictionaries(site_names, st.integers(1, 10**6), max_size=3)),
+        "aggregation": draw(st.sampled_from(["secure", "plain"])),
+        "weights": draw(st.sampled_from(["equal", "contracted"])),
+        "minimum_sites": draw(st.integers(2, 3)),
     }
 
 
@@ -102,14 +158,9 @@ def studies(draw: st.DrawFn) -> StudyConfig:
             "enabled": draw(st.booleans()),
             "epsilon": draw(st.floats(1e-3, 1000)),
             "sampling_probability": draw(st.floats(1e-6, 1)),
+            "colluding_sites": draw(st.integers(0, 1)),
         },
-        "federation": {
-            "rounds": draw(st.integers(1, 100_000)),
-            "contracted_patients": draw(st.dictionaries(site_names, st.integers(1, 10**6), max_size=3)),
-            "aggregation": draw(st.sampled_from(["secure", "plain"])),
-            "weights": draw(st.sampled_from(["equal", "contracted"])),
-            "minimum_sites": draw(st.integers(2, 3)),
-        },
+        "federation": draw(federations()),
         "secure_aggregation": draw(secure_aggregations()),
         "performance": {"max_images_at_once": draw(st.integers(1, 4096)), "mixed_precision": draw(st.booleans())},
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.config import StudyConfig
 from common.gan import losses, networks
 from common.privacy.gradient import PatientOptimizer, average_over_owners, per_sample
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GanTrainer:
     """
 
     def __init__(
-        self, study: StudyConfig, device: torch.device, plan: PrivacyPlan | None, num_fakes: int, seed: int
+        self, study: StudyConfig, device: torch.device, plan: PhasePlan | None, num_fakes: int, seed: int
     ) -> None:
         gan = study.gan
         self.study = study

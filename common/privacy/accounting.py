@@ -110,6 +110,45 @@ def calibrate(*, epsilon_target: float, delta: float, sampling_probability: floa
     return NOISE_RATIO**high
 
 
+Shape = tuple[float, int, float]
+"""Sampling probability, steps and share of epsilon of a stretch of training whose noise is still to be found."""
+
+
+@lru_cache(maxsize=64)
+def calibrate_together(*, epsilon_target: float, delta: float, shapes: tuple[Shape, ...]) -> tuple[float, ...]:
+    """Noise multipliers for several stretches of training that together cost at most ``epsilon_target``.
+
+    Each is calibrated for its share of epsilon alone, then all are multiplied by the smallest power of ``NOISE_RATIO``
+    with which the whole fits. One stretch with the share 1 gets what ``calibrate`` says.
+
+    Raises:
+        ValueError: no noise multiplier between 0.05 and 100000 is enough.
+    """
+    alone = [
+        calibrate(epsilon_target=share * epsilon_target, delta=delta, sampling_probability=sampling, steps=steps)
+        for sampling, steps, share in shapes
+    ]
+    if len(shapes) == 1 and shapes[0][2] == 1:
+        return (alone[0],)
+
+    def multiplied(power: int) -> tuple[float, ...]:
+        return tuple(NOISE_RATIO ** (round(math.log(noise, NOISE_RATIO)) + power) for noise in alone)
+
+    def is_enough(power: int) -> bool:
+        noises = zip(shapes, multiplied(power), strict=True)
+        history = tuple(Mechanism(sampling, noise, steps) for (sampling, steps, _), noise in noises)
+        return epsilon(history, delta) <= epsilon_target
+
+    reach = math.ceil(math.log(10, NOISE_RATIO))  # ten times less noise to ten times more
+    low, high = -reach, reach
+    if not is_enough(high):
+        raise ValueError(f"no noise_multipliers give epsilon {epsilon_target:g} at delta {delta:g} with these shares")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
+    return multiplied(high)
+
+
 def _kind(mechanism: Mechanism) -> tuple[float, float]:
     return mechanism.sampling_probability, mechanism.noise_multiplier
 

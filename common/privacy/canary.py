@@ -35,7 +35,7 @@ from common.config import StudyConfig
 from common.errors import ConfigError
 from common.gan.training import GanTrainer, RealBatch
 from common.privacy.gradient import PatientOptimizer
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan
 from common.privacy.sampling import draw_patients
 
 TRIALS = 10_000
@@ -141,7 +141,7 @@ class Audit:
         return low
 
 
-def audit(study: StudyConfig, plan: PrivacyPlan, *, trials: int = TRIALS, device: torch.device | None = None) -> Audit:
+def audit(study: StudyConfig, plan: PhasePlan, *, trials: int = TRIALS, device: torch.device | None = None) -> Audit:
     """Audit the discriminator's step under ``plan``, on the smallest network of the study's family.
 
     Args:
@@ -183,7 +183,7 @@ def audit(study: StudyConfig, plan: PrivacyPlan, *, trials: int = TRIALS, device
     return Audit(
         noise_multiplier=plan.mechanism.noise_multiplier,
         sampling_probability=plan.mechanism.sampling_probability,
-        delta=plan.delta,
+        delta=study.privacy.delta,
         trials=trials,
         num_canaries=num_canaries,
         num_parameters=len(sums[()]),
@@ -269,7 +269,7 @@ def _subsets(count: int) -> Iterator[Drawn]:
 class _Step:
     """One discriminator step on chosen patients, always from the same parameters and with the same fakes."""
 
-    def __init__(self, study: StudyConfig, device: torch.device, plan: PrivacyPlan) -> None:
+    def __init__(self, study: StudyConfig, device: torch.device, plan: PhasePlan) -> None:
         self.trainer = _KeepingTrainer(study, device, plan)
         optimizer = self.trainer.discriminator_optimizer
         if not isinstance(optimizer, PatientOptimizer):
@@ -351,7 +351,7 @@ _Patient = tuple[NDArray[np.float32], int]  # images (image, channel, row, colum
 class _KeepingTrainer(GanTrainer):
     """A trainer that makes its fakes once, and the backward pass of equal calls once."""
 
-    def __init__(self, study: StudyConfig, device: torch.device, plan: PrivacyPlan) -> None:
+    def __init__(self, study: StudyConfig, device: torch.device, plan: PhasePlan) -> None:
         super().__init__(study, device, plan, NUM_FAKES, seed=0)
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         self._rows: dict[tuple[Drawn, int, int], list[Tensor]] = {}

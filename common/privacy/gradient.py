@@ -16,7 +16,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from common.privacy.noise import gaussian_noise
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan
 from common.privacy.sampling import ByteSource
 
 # Real images need no gradient, and torch remarks on that when Opacus' hooks fire on the first layer.
@@ -44,7 +44,7 @@ class PatientOptimizer(DPOptimizer):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, num_fakes: int, source: ByteSource = os.urandom
+        self, optimizer: torch.optim.Optimizer, plan: PhasePlan, num_fakes: int, source: ByteSource = os.urandom
     ) -> None:
         super().__init__(
             optimizer,

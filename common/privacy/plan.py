@@ -1,28 +1,29 @@
 """One plan couples sampling, clipping, noise and accounting, so that they cannot drift apart."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from common.config import StudyConfig
+from common.config import PhaseConfig, StudyConfig
 from common.errors import ConfigError, PrivacyError
 from common.privacy import accounting
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import History, Mechanism
+
+MOMENTS_CLIP_NORM = 1.0  # vectors of features are scaled to it: any other bound would be the same mechanism
+SAME_PLAN = 1e-6  # relative: parties calibrate the noise on machines of their own
 
 
 @dataclass(frozen=True)
-class PrivacyPlan:
-    """What one site will release over a whole study, all of it public.
+class PhasePlan:
+    """What a patient's contribution to one phase costs.
 
     Args:
-        mechanism: every discriminator step of the study.
+        mechanism: every step of the phase.
         clip_norm: L2 bound of one patient's summed contribution to a step; the sensitivity.
-        delta: of the reported (epsilon, delta).
-        epsilon: of ``mechanism`` at ``delta``, by PRV.
     """
 
     mechanism: Mechanism
     clip_norm: float
-    delta: float
-    epsilon: float
 
     @property
     def noise_stddev(self) -> float:
@@ -30,28 +31,74 @@ class PrivacyPlan:
         return self.mechanism.noise_multiplier * self.clip_norm
 
 
-def make_plan(study: StudyConfig) -> PrivacyPlan | None:
-    """Calibrate the noise from (epsilon, delta) for all rounds of the study together. None when privacy is off.
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What one site will release over a whole study, all of it public.
 
-    Deterministic: every party that reads the same study gets the same plan, so no one has to be believed.
+    Args:
+        phases: of each phase, in order.
+        delta: of the reported (epsilon, delta).
+        epsilon: of all phases together at ``delta``, by PRV.
+    """
+
+    phases: tuple[PhasePlan, ...]
+    delta: float
+    epsilon: float
+
+    @property
+    def history(self) -> History:
+        """The whole plan as what it will have cost."""
+        return _joined(phase.mechanism for phase in self.phases)
+
+    def left(self, history: History) -> History:
+        """What of the plan is not charged yet, by this study's own history at a site; in the plan's order."""
+        return tuple(_left(mechanism, history) for mechanism in self.history if _steps_left(mechanism, history) > 0)
+
+    def steps_left(self, phase_number: int, history: History) -> int:
+        """Steps that a phase may still charge. Phases with the same noise and sampling draw on the same steps."""
+        kind = self.phases[phase_number].mechanism
+        return sum(mechanism.steps for mechanism in self.left(history) if same_kind(mechanism, kind))
+
+    def covers(self, history: History) -> bool:
+        """Whether a history is part of the plan: mechanisms of it, none more often than planned."""
+        planned = self.history
+        return all(any(same_kind(spent, mechanism) for mechanism in planned) for spent in history) and all(
+            _steps_left(mechanism, history) >= 0 for mechanism in planned
+        )
+
+
+def make_plan(study: StudyConfig) -> PrivacyPlan | None:
+    """Calibrate the noise from (epsilon, delta) for all phases of the study together. None when privacy is off.
+
+    Each phase's noise is first calibrated for its share of epsilon alone; then all are made smaller, or larger, by one
+    factor, until together they cost at most epsilon. Deterministic: every party that reads the same study gets the
+    same plan, so no one has to be believed.
     """
     privacy = study.privacy
     if not privacy.enabled:
         return None
+    shapes = tuple((_sampling(study, phase), phase.rounds * phase.steps, phase.share) for phase in study.phases)
     try:
-        noise_multiplier = accounting.calibrate(
-            epsilon_target=privacy.epsilon,
-            delta=privacy.delta,
-            sampling_probability=privacy.sampling_probability,
-            steps=study.total_steps,
+        noise_multipliers = accounting.calibrate_together(
+            epsilon_target=privacy.epsilon, delta=privacy.delta, shapes=shapes
         )
     except ValueError as error:
         raise ConfigError(
             f"privacy: {error}.", "Raise epsilon, or lower rounds, local_steps or sampling_probability."
         ) from None
-    mechanism = Mechanism(privacy.sampling_probability, noise_multiplier, study.total_steps)
-    epsilon = accounting.epsilon((mechanism,), privacy.delta)
-    return PrivacyPlan(mechanism, privacy.clip_norm, privacy.delta, epsilon)
+    phases = tuple(
+        PhasePlan(Mechanism(sampling, noise, steps), _clip_norm(study, phase))
+        for (sampling, steps, _), noise, phase in zip(shapes, noise_multipliers, study.phases, strict=True)
+    )
+    epsilon = accounting.epsilon(tuple(phase.mechanism for phase in phases), privacy.delta)
+    return PrivacyPlan(phases, privacy.delta, epsilon)
+
+
+def same_kind(one: Mechanism, other: Mechanism) -> bool:
+    """Whether two mechanisms have the same sampling and noise."""
+    return math.isclose(one.sampling_probability, other.sampling_probability, rel_tol=SAME_PLAN) and math.isclose(
+        one.noise_multiplier, other.noise_multiplier, rel_tol=SAME_PLAN
+    )
 
 
 def check_delta(delta: float, num_patients: int) -> None:
@@ -61,3 +108,32 @@ def check_delta(delta: float, num_patients: int) -> None:
             f"Expected delta at most {1 / (10 * num_patients):.1e} for {num_patients} patients, found {delta:g}.",
             "Lower privacy.delta in the study.",
         )
+
+
+def _sampling(study: StudyConfig, phase: PhaseConfig) -> float:
+    """Moments are of all patients; the discriminator's steps draw them."""
+    return 1.0 if phase.algorithm == "moments" else study.privacy.sampling_probability
+
+
+def _clip_norm(study: StudyConfig, phase: PhaseConfig) -> float:
+    return MOMENTS_CLIP_NORM if phase.algorithm == "moments" else study.privacy.clip_norm
+
+
+def _joined(mechanisms: Iterator[Mechanism]) -> History:
+    """One mechanism a kind, in the order in which the kinds appear."""
+    joined: list[Mechanism] = []
+    for mechanism in mechanisms:
+        known = next((at for at, other in enumerate(joined) if same_kind(mechanism, other)), None)
+        if known is None:
+            joined.append(mechanism)
+        else:
+            joined[known] = replace(joined[known], steps=joined[known].steps + mechanism.steps)
+    return tuple(joined)
+
+
+def _left(mechanism: Mechanism, history: History) -> Mechanism:
+    return replace(mechanism, steps=_steps_left(mechanism, history))
+
+
+def _steps_left(mechanism: Mechanism, history: History) -> int:
+    return mechanism.steps - sum(spent.steps for spent in history if same_kind(spent, mechanism))

@@ -11,6 +11,8 @@ value_range * 2^fraction_bits in magnitude (the bound is rounded up to an intege
 the lanes are the word's digits in base 2^modulus_bits. It tells nothing more, for the sums of the lanes determine it.
 The decoded sum differs from the sum of the clipped inputs by less than num_sites * 2^-fraction_bits, and by float32's
 own rounding where it has more than 24 bits.
+
+Integers that already carry noise (``common/privacy/shared_noise.py``) go into the lanes as they are.
 """
 
 import math
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
 MODULUS_BITS = (16, 21, 32)  # four, three and two lanes
 PIECE = 1 << 15  # words: 256 KiB, so that a piece, its keystream and scratch stay in the second-level cache
 _COIN_BITS = 20  # random bits that round one coordinate: a word has them for three
@@ -153,6 +156,33 @@ def decode(total: Words, encoding: Encoding, length: int) -> Floats:
             floats -= whole + half
             np.multiply(floats, 2.0**-encoding.fraction_bits, out=part)
     return decoded
+
+
+def encode_integers(values: Integers, encoding: Encoding) -> Words:
+    """Integers that have been rounded elsewhere, as words; nothing is clipped.
+
+    Args:
+        values: (length,) int64, any.
+        encoding: its ``modulus_bits`` decide the lanes; ``value_range`` is not read.
+
+    **Guarantee.** A sum of such words, mod 2^64, is the word of the sums of the integers: it tells these at most,
+    however large they are. Where all the sums are from -2^(modulus_bits - 1) to 2^(modulus_bits - 1) - 1, whatever the
+    summands were, ``decode_integers`` gives them. A sum beyond wraps, and each time moves the next lane's by 1.
+    """
+    words = np.zeros(encoding.num_words(len(values)), np.uint64)
+    for lane in range(encoding.lanes):
+        part = values[lane * len(words) : (lane + 1) * len(words)].view(np.uint64)
+        words[: len(part)] += part << np.uint64(encoding.modulus_bits * lane)
+    return words
+
+
+def decode_integers(total: Words, encoding: Encoding, length: int) -> Integers:
+    """The sums of integers behind a sum of words of ``encode_integers``: (length,) int64. Leaves ``total`` alone."""
+    bits, half = encoding.modulus_bits, 1 << (encoding.modulus_bits - 1)
+    digits = total + np.uint64(sum(half << (bits * lane) for lane in range(encoding.lanes)))
+    lanes = [(digits >> np.uint64(bits * lane)) & np.uint64(2**bits - 1) for lane in range(encoding.lanes)]
+    integers: Integers = np.concatenate(lanes)[:length].astype(np.int64) - half
+    return integers
 
 
 def _clip(values: Floats, value_range: float) -> tuple[Floats, int]:

@@ -4,16 +4,21 @@
 |---|---|---|
 | identity, Ed25519 | once a site | in the site's folder; its public half is in the roster |
 | share key, X25519 | fresh an attempt | seals the shares |
-| mask key, X25519 | fresh an attempt | pairwise masks; its private half is what is shared |
+| mask key, X25519 | fresh an attempt | pairwise masks; one sum shares its private half, a session never does |
+| seed, 32 bytes | fresh an attempt | self masks; shared |
+| pair secret | of two mask keys, in a session | pairwise masks of every step; never leaves either site |
+| keys of a step | of seed, pair secrets and Step | one mask each; opened only after the sites confirmed the step |
 
 **Guarantee.** Every signature and every derived key is bound to the protocol's name and version, the study, the
 attempt, the stage and the ordered pair of sites; derived keys to the transcript too. Parts are length-prefixed, so that
-no two different sets of parts read the same.
+no two different sets of parts read the same. From keys of any steps of a session neither the seed, nor a pair secret,
+nor the key of another step can be computed (HKDF-SHA256 is a pseudo-random function of its secret).
 """
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -97,11 +102,67 @@ class Transcript:
 
 
 def make_transcript(attempt: Attempt, roster_digest: str, cohort: Iterable[AdvertisedKeys]) -> Transcript:
-    """The transcript of an attempt among these sites, in whatever order they are given."""
-    parts: list[str | bytes] = [roster_digest]
+    """The transcript of one sum among these sites, in whatever order they are given."""
+    label = attempt.label("transcript", roster_digest, *_parts(cohort))
+    return Transcript(attempt, hashlib.sha256(label).digest())
+
+
+def session_transcript(
+    attempt: Attempt, roster_digest: str, cohort: Iterable[AdvertisedKeys], round_number: int, steps: int
+) -> Transcript:
+    """The transcript of a session of so many steps among these sites: never that of one sum."""
+    label = attempt.label("session_transcript", roster_digest, str(round_number), str(steps), *_parts(cohort))
+    return Transcript(attempt, hashlib.sha256(label).digest())
+
+
+def _parts(cohort: Iterable[AdvertisedKeys]) -> list[str | bytes]:
+    parts: list[str | bytes] = []
     for entry in sorted(cohort, key=lambda entry: entry.site):
         parts += [entry.site, entry.share_key, entry.mask_key, entry.signature]
-    return Transcript(attempt, hashlib.sha256(attempt.label("transcript", *parts)).digest())
+    return parts
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sum of a session: what its masks and signatures are bound to.
+
+    Args:
+        agreed: the session's transcript.
+        number: 1, 2, ... of the session.
+        state: digest of the request that the masked vectors answer; see ``pairwise_key``.
+        participants: the sites asked for a vector, sorted.
+    """
+
+    agreed: Transcript
+    number: int
+    state: str
+    participants: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 over all of it."""
+        return hashlib.sha256(self.agreed.label("step", str(self.number), self.state, *self.participants)).digest()
+
+    def confirmed(self, survivors: Iterable[str]) -> bytes:
+        """What a site signs to confirm the survivors of this step."""
+        return self.agreed.label("confirm_step", self.digest, *sorted(survivors))
+
+    def self_key(self, seed: bytes, site: str) -> bytes:
+        """The key of a site's own mask of this step, from its seed of the session."""
+        return derive(seed, self.digest, self.agreed.label("self_key", self.digest, site))
+
+    def pair_key(self, secret: bytes, one: str, other: str) -> bytes:
+        """The key of the mask that two sites share in this step, from their secret of the session."""
+        return derive(secret, self.digest, self.agreed.label("pair_key", self.digest, *sorted((one, other))))
+
+    def commitment(self, owner: str, other: str, key: bytes) -> bytes:
+        """SHA-256 that binds ``owner`` to its key of this step with ``other``, or (``other`` "") to its self mask's."""
+        return hashlib.sha256(self.agreed.label("step_commitment", self.digest, owner, other, key)).digest()
+
+
+def pair_secret(private: X25519PrivateKey, public: bytes, agreed: Transcript, one: str, other: str) -> bytes:
+    """What two sites share for a session, from one's private and the other's public mask key; the same at both ends."""
+    return derive(agree(private, public), agreed.digest, agreed.label("pair_secret", *sorted((one, other))))
 
 
 def commitment(attempt: Attempt, kind: str, owner: str, holder: str, secret: bytes) -> bytes:

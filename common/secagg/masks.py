@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from common.secagg.encoding import PIECE, Encoding, Floats, Words, encode
+from common.secagg.encoding import PIECE, Encoding, Floats, Integers, Words, encode, encode_integers
 
 Mask = tuple[bytes, bool]  # key of 32 bytes; True to add the mask, False to subtract it
 
@@ -44,6 +44,22 @@ def masked(values: Floats, encoding: Encoding, masks: Sequence[Mask], rounding_k
         clipped += encode(values, encoding, begin, coins, piece, scratch)
         _apply(streams, piece, keystream)
     return words, clipped
+
+
+def masked_integers(values: Integers, encoding: Encoding, masks: Sequence[Mask]) -> Words:
+    """Encode integers (``encode_integers``) and add masks.
+
+    Args:
+        values: (dim,) int64.
+        encoding: the encoding.
+        masks: every mask of this site.
+
+    Returns:
+        (num_words,) words.
+    """
+    words = encode_integers(values, encoding)
+    apply(words, masks)
+    return words
 
 
 def apply(total: Words, masks: Sequence[Mask]) -> None:

@@ -230,7 +230,7 @@ def our_sum(case: Case, tracing: bool = False, folder: Path | None = None) -> Co
             if name in requests:
                 _one_exchange(meter, number, sites[name], requests[name], partial(take, name))
 
-    exchange(dict.fromkeys(names, AdvertiseKeysRequest(study.digest, 1)), take_keys)
+    exchange(dict.fromkeys(names, AdvertiseKeysRequest(study.digest, 1, 1)), take_keys)
     server = meter.serve(lambda: SecureSum(plan, advertised))
     exchange(meter.serve(server.share_keys_requests), server.take_sealed_shares)
     train = TrainRequest(study.digest, 1, NOTHING, NOTHING)
@@ -279,7 +279,7 @@ class _InMemory:
             case MaskedInputRequest():
                 self._round.open_shares(request)
                 self.masks = len({*self._round.picks, *self._round.held})  # with its own share it holds its own mask
-                return self._round.masked_input(vector, self._encoding, request.train.round)[0]
+                return self._round.masked_input(vector, self._encoding, request.work.round)[0]
             case ConfirmSurvivorsRequest():
                 return self._round.confirm_survivors(request)
             case UnmaskRequest():

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,14 +20,17 @@ from common.config import StudyConfig
 from common.errors import ConfigError
 from common.files import write_atomically
 from server import record
-from server.record import RunRecord
+from server.record import RunRecord, SiteRecord
 from server.report import charts, template, words
-from server.report.curves import Curve, epsilon_curves, spread
+from server.report.curves import Curve, epsilon_curves, phase_of, spread
 from server.report.style import STYLE
 
 REPORT_FILE = "report.html"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FILMSTRIP, MOST_BARS, MOST_POINTS = 8, 48, 200
+EVERY_ROUND = (
+    "round algorithm private generator_loss discriminator_fake_loss sites refused seconds".split()
+)  # keys of a line of metrics.jsonl
 
 
 class DataCheck(BaseModel):
@@ -49,6 +53,7 @@ def write_report(run: Path) -> Path:
     facts = RunRecord.load(run)
     study = _study(facts)
     metrics = record.read_metrics(run)
+    curves = epsilon_curves(facts, metrics) if facts.private else []
     page = _render(
         run=facts,
         study=study,
@@ -59,9 +64,12 @@ def write_report(run: Path) -> Path:
             *sorted(facts.refused_sites.items()),
             *(("name not known", code) for code in sorted(facts.refused_nodes)),
         ],
-        **_privacy(facts, study, metrics),
+        **_privacy(facts, study, curves),
         **_losses(metrics),
-        **_samples(run, facts),
+        **_moments(metrics),
+        phases=_phases(facts),
+        grids=_grids(run, facts, curves),
+        strip=_strip(run, facts),
         **_timings(facts, metrics),
         checks=_data_checks(run),
         toml=words.toml(facts.study),
@@ -76,8 +84,12 @@ def _render(**values: Any) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
+        "algorithm_words": words.algorithm_words,
         "code_words": words.code_words,
+        "count": words.count_text,
         "epsilon": words.epsilon_text,
+        "fact": words.fact_text,
+        "fact_words": words.fact_words,
         "number": words.number,
         "rounds": words.rounds_text,
         "seconds": words.seconds_text,
@@ -93,18 +105,22 @@ def _study(run: RunRecord) -> StudyConfig:
         raise ConfigError("run.json holds a study of another version.", "Use the version that made it.") from None
 
 
-def _privacy(run: RunRecord, study: StudyConfig, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _privacy(run: RunRecord, study: StudyConfig, curves: Sequence[Curve]) -> dict[str, Any]:
     """The largest and the summed epsilon, what breaks the expectations, and the chart. Nothing without privacy."""
     private = [site for site in run.sites if run.private and site.epsilon is not None and site.delta is not None]
-    curves = epsilon_curves(run, metrics) if run.private else []
+    together = _composed if not _shared_noise(run, study) else _of_group
+    pair = together(sorted(private, key=lambda site: site.epsilon or 0.0)[-2:])
+    every = together(private)
     return {
         "record_sites": [site.name for site in run.sites if site.record_is_patient],
         "over_target": [site for site in private if (site.epsilon or 0.0) > study.privacy.epsilon],
         "large_delta": [site.name for site in private if (site.delta or 0.0) * 10 * site.patients_trained > 1],
         "worst": max(private, key=lambda site: site.epsilon or 0.0, default=None),
-        "pair_epsilon": sum(sorted(site.epsilon or 0.0 for site in private)[-2:]),
-        "sum_epsilon": sum(site.epsilon or 0.0 for site in private),
-        "sum_delta": sum(site.delta or 0.0 for site in private),
+        "shares_noise": _shared_noise(run, study),
+        "pair_epsilon": pair[0],
+        "pair_delta": pair[1],
+        "sum_epsilon": every[0],
+        "sum_delta": every[1],
         "budgets": [site for site in run.sites if site.budget is not None],
         "factor": words.factor_text(study.privacy.epsilon),
         "curves": [(", ".join(curve.sites), curve.points) for curve in curves],
@@ -148,29 +164,124 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _samples(run: Path, facts: RunRecord) -> dict[str, Any]:
-    """Data URIs of the grid before any patient, of the last one, and of some between."""
-    rounds = {}
+def _moments(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rounds of moments left beside what every round leaves, one row a round."""
+    lines = [line for line in metrics if line.get("algorithm") == "moments"]
+    names = list(dict.fromkeys(name for line in lines for name in line if name not in EVERY_ROUND))
+    return {
+        "fact_names": names,
+        "fact_rows": [(line["round"], [line.get(name, "–") for name in names]) for line in lines] if names else [],
+    }
+
+
+@dataclass(frozen=True)
+class PhaseOutcome:
+    """A phase, as far as it came. Its rounds are those from ``first`` to ``last``; ``done`` were completed."""
+
+    algorithm: str
+    first: int
+    last: int
+    steps: int
+    done: int
+
+
+def _phases(run: RunRecord) -> list[PhaseOutcome]:
+    taken = {number for site in run.sites for number in site.rounds if number <= run.rounds_completed}
+    found: list[PhaseOutcome] = []
+    for phase in run.phases:
+        first = found[-1].last + 1 if found else 1
+        last = first + phase.rounds - 1
+        done = len(taken.intersection(range(first, last + 1)))
+        found.append(PhaseOutcome(phase.algorithm, first, last, phase.steps, done))
+    return found
+
+
+def _shared_noise(run: RunRecord, study: StudyConfig) -> list[str]:
+    """The algorithms of this run in which what one site gives to a sum holds a part of the noise only."""
+    if not run.private or run.aggregation == "plain" or study.num_noisy == 1:
+        return []
+    return list(dict.fromkeys(phase.algorithm for phase in run.phases if phase.algorithm != "local"))
+
+
+def _composed(sites: Sequence[SiteRecord]) -> tuple[float, float]:
+    """Epsilon and delta for a patient of all these sites, each of which makes the whole noise: composition."""
+    return sum(site.epsilon or 0.0 for site in sites), sum(site.delta or 0.0 for site in sites)
+
+
+def _of_group(sites: Sequence[SiteRecord]) -> tuple[float, float]:
+    """Epsilon and delta for a patient of all these sites under one noise: group privacy (Vadhan 2017, lemma 2.2).
+
+    From data with all of them to data without: each step multiplies what comes after it by e^epsilon.
+    """
+    epsilon, delta = 0.0, 0.0
+    for site in sorted(sites, key=lambda site: site.epsilon or 0.0):
+        delta += math.exp(min(epsilon, 700.0)) * (site.delta or 0.0)
+        epsilon += site.epsilon or 0.0
+    return epsilon, min(delta, 1.0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of synthetic images: a data URI, and what stands below it."""
+
+    image: str
+    title: str
+    caption: str
+    epsilon: float | None = None
+
+
+def _grids(run: Path, facts: RunRecord, curves: Sequence[Curve]) -> list[Grid]:
+    """The grid before any patient, then the last one of each phase that has one."""
+    rounds = _sample_files(run)
+    grids = [Grid(_data_uri(rounds[0]), "Before (round 0)", _start_words(facts))] if 0 in rounds else []
+    for phase in _phases(facts):
+        numbers = [number for number in rounds if phase.first <= number <= phase.last]
+        if not numbers:
+            continue
+        number = max(numbers)
+        spent = [value for curve in curves for at, value in curve.points if at == number]
+        name = f"After {phase.algorithm}" if len(facts.phases) > 1 else "After"
+        caption = words.algorithm_words(phase.algorithm)
+        if number < phase.last:
+            caption += f"; {words.count_text(phase.last - number, 'round')} of this phase missing"
+        grids.append(Grid(_data_uri(rounds[number]), f"{name} (round {number})", caption, max(spent, default=None)))
+    return grids
+
+
+def _strip(run: Path, facts: RunRecord) -> list[tuple[str, str]]:
+    """Title and data URI of some grids between those of ``_grids``."""
+    rounds, phases = _sample_files(run), _phases(facts)
+    at_ends = {max((n for n in rounds if phase.first <= n <= phase.last), default=0) for phase in phases}
+    between = [number for number in rounds if number not in at_ends and number > 0]
+    chosen = [between[i] for i in spread(len(between), FILMSTRIP)] if between else []
+    titles = {number: f"round {number}" for number in chosen}
+    if len(facts.phases) > 1:
+        titles = {number: f"round {number}, {facts.phases[phase_of(facts, number)].algorithm}" for number in chosen}
+    return [(title, _data_uri(rounds[number])) for number, title in titles.items()]
+
+
+def _start_words(run: RunRecord) -> str:
+    """What the networks had seen before the first round."""
+    start = run.warm_start.source if run.warm_start else ""
+    if not start:
+        return "untrained: the network has seen nothing yet"
+    if start.startswith("public phantoms"):
+        return "public phantoms only, no patient used"
+    return f"{start}; no patient of this study used yet"
+
+
+def _sample_files(run: Path) -> dict[int, bytes]:
+    """The grids that can be shown, PNG files by round, in order."""
+    files = {}
     for path in sorted((run / "samples").glob("round-*.png")):
         number, content = path.stem.removeprefix("round-"), path.read_bytes()
         if number.isdigit() and content.startswith(PNG_SIGNATURE):
-            rounds[int(number)] = "data:image/png;base64," + base64.b64encode(content).decode()
-    start = facts.warm_start.source if facts.warm_start else ""
-    if not start:
-        caption = "untrained: the network has seen nothing yet"
-    elif start.startswith("public phantoms"):
-        caption = "public phantoms only, no patient used"
-    else:
-        caption = f"{start}; no patient of this study used yet"
-    numbers = sorted(rounds)
-    between = numbers[1:-1]
-    return {
-        "before": rounds.get(0),
-        "before_caption": caption,
-        "after": rounds[numbers[-1]] if numbers and numbers[-1] > 0 else None,
-        "after_round": numbers[-1] if numbers else 0,
-        "between": [(between[i], rounds[between[i]]) for i in spread(len(between), FILMSTRIP)] if between else [],
-    }
+            files[int(number)] = content
+    return dict(sorted(files.items()))
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _data_checks(run: Path) -> list[tuple[str, DataCheck | None]]:

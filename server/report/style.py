@@ -49,7 +49,9 @@ pre { background: var(--panel); padding: 14px; border-radius: 8px; white-space: 
 .card dd.big { font-size: 1.3rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 26px 32px;
     align-items: start; }
-.two > * { min-width: 0; }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); gap: 22px 24px;
+    align-items: start; }
+.two > *, .grids > * { min-width: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9375rem; }
 caption { text-align: left; padding: 0 0 6px; }
@@ -112,7 +114,7 @@ td code { overflow-wrap: normal; }
   tr, figure, .banner, .card, .panel { break-inside: avoid; }
   .banner { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .scroll { overflow: visible; }
-  .two:has(figure) { grid-template-columns: 1fr 1fr; gap: 14px 20px; }
+  .two:has(figure), .grids { grid-template-columns: 1fr 1fr; gap: 14px 20px; }
   details::details-content { content-visibility: visible; height: auto; }
 }
 """

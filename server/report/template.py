@@ -62,8 +62,8 @@ protected less than the figures below say.</p></div>
 {% if run.aggregation == "secure" %}<dd class="big">sums only</dd><dd>never one site's update</dd>
 {% elif run.aggregation == "plain" %}<dd class="big over">each site's update</dd><dd>aggregation = "plain"</dd>
 {% else %}<dd class="big over">not known</dd><dd>aggregation = "{{ run.aggregation }}"</dd>{% endif %}</div>
-<div class="card"><dt>Rounds</dt><dd class="big">{{ run.rounds_completed }} of {{ study.federation.rounds }}</dd>
-<dd>{{ study.federation.local_steps }} steps each at a site</dd></div>
+<div class="card"><dt>Rounds</dt><dd class="big">{{ run.rounds_completed }} of {{ run.phases | sum("rounds") }}</dd>
+<dd>{{ run.phases | map(attribute="algorithm") | join(", then ") }}</dd></div>
 <div class="card"><dt>Sites</dt><dd class="big">{{ run.sites | length }}</dd>
 <dd>{% if refused_sites %}and {{ refused_sites | length }} that took no part{% else %}all that were asked{% endif
 %}</dd></div>
@@ -96,27 +96,43 @@ results and all attackers, whatever else they know.</p>
 {{ "unit" if record_sites else "patient" }}</td></tr>
 <tr><th scope="row">Target</th><td>ε = {{ study.privacy.epsilon | number }} at δ = {{ study.privacy.delta | number }},
 for each site over the whole study</td></tr>
-<tr><th scope="row">Mechanism</th><td>Poisson-subsampled Gaussian on per-patient clipped gradients, composed over all
-steps of all rounds</td></tr>
-<tr><th scope="row"><code>clip_norm</code></th><td>{{ study.privacy.clip_norm | number }}</td></tr>
-<tr><th scope="row"><code>noise_multiplier</code></th>
-<td>{{ run.noise_multiplier | number if run.noise_multiplier is not none else "not recorded" }}</td></tr>
-<tr><th scope="row"><code>sampling_probability</code></th><td>{{ study.privacy.sampling_probability | number }} for each
-patient at each step</td></tr>
-<tr><th scope="row">Steps of a site</th><td>{{ study.total_steps }} planned ({{ study.federation.rounds }} rounds of
-{{ study.federation.local_steps }})</td></tr>
+<tr><th scope="row">Mechanism</th><td>Gaussian noise on a sum of one clipped vector a patient, in each
+{%- if run.phases | selectattr("algorithm", "ne", "moments") | list %} step over Poisson-drawn patients{% endif %}
+{%- if run.phases | map(attribute="algorithm") | unique | list | length > 1
+  and "moments" in run.phases | map(attribute="algorithm") %} and each{% endif %}
+{%- if "moments" in run.phases | map(attribute="algorithm") %} release over all patients{% endif
+%}; composed over all rounds{{ " of all phases" if run.phases | length > 1 }}</td></tr>
+{% for phase in run.phases %}
+{% set kind = "release" if phase.algorithm == "moments" else "step" %}
+<tr><th scope="row">{% if run.phases | length > 1 %}Phase {{ loop.index }}: {{ phase.algorithm }}{% else %}Planned, of
+{{ phase.algorithm }}{% endif %}</th>
+<td>{{ (phase.rounds * phase.steps) | count(kind) }} in {{ phase.rounds | count("round") }}
+{%- if run.phases | length > 1 %}, for {{ (100 * phase.share) | number }} % of ε{% endif %}.
+<code>clip_norm</code> {{ phase.clip_norm | number }}, <code>noise_multiplier</code>
+{{ phase.noise_multiplier | number }}, <code>sampling_probability</code> {{ phase.sampling_probability | number }}
+{%- if kind == "release" %}: all patients{% else %} for each patient at each step{% endif %}</td></tr>
+{% endfor %}
 <tr><th scope="row">Accounting</th><td>PRV, an upper bound (where a figure says RDP, a looser one). A site charges its
 steps before it takes them, and the coordinator's record charges a planned round whenever a site is asked to train: a
 crash can over-count and never under-count</td></tr>
 </tbody></table></div>
 <div class="panel"><h3>What is not protected</h3><ul class="plain">
 <li>That a site takes part, and its contracted number of patients.</li>
-<li>A patient known at several sites: there the sites' epsilons and deltas add up (group privacy)
-{%- if run.sites | length > 2 %}, at two of them to ε = {{ pair_epsilon | epsilon }} at most{% endif %}
+<li>A patient known at several sites:
+{%- if shares_noise %} such a patient counts once for each of them under one noise (group privacy): epsilons add up, and
+δ grows with e<sup>ε</sup>
+{%- else %} there the sites' epsilons and deltas add up (group privacy){% endif %}
+{%- if run.sites | length > 2 %}, at two of them to ε = {{ pair_epsilon | epsilon }}
+{%- if shares_noise %} at δ = {{ pair_delta | number }}{% endif %} at most{% endif %}
 {%- if run.sites | length > 1 %}, at all {{ run.sites | length }} sites to ε = {{ sum_epsilon | epsilon }} at
-δ = {{ sum_delta | number }}{% endif %}.</li>
+δ = {{ sum_delta | number }}{% if sum_delta >= 1 %}, which is no guarantee{% endif %}{% endif %}.</li>
 <li>What a site has spent in other studies on the same patients: it comes on top, as the
 table of the sites' budgets shows.</li>
+{% if shares_noise %}
+<li>Against the coordinator together with more than {{ study.privacy.colluding_sites | count("site") }}: in
+{{ shares_noise | join(" and ") }} the sites share the noise, and whoever knows more of the shares can take
+them away.</li>
+{% endif %}
 <li>Against someone with access to a site itself: the images are there.</li>
 <li>What holds for patients in general: a network may show what a disease looks like, and that is its purpose.</li>
 </ul></div>
@@ -135,7 +151,13 @@ _COMBINED = """
 <p><b>Secure aggregation: the coordinator saw only sums.</b> Each site masked its update before it left. The masks fall
 away only from the sum over at least {{ study.federation.minimum_sites }} sites, so the coordinator learned that sum
 and no one site's own update.</p>
-<p>{% if run.private %}The guarantee above does not rest on this: each update was clipped and noised at its site before
+<p>{% if shares_noise %}In {{ shares_noise | join(" and ") }} the guarantee above rests on this: each site adds
+a share of the noise, and every sum over at least {{ study.federation.minimum_sites }} sites holds all of it
+{%- if study.privacy.colluding_sites %}, even when the coordinator knows the shares of
+{{ study.privacy.colluding_sites | count("site") }}{% endif %}. No smaller sum was opened.
+{%- if "local" in run.phases | map(attribute="algorithm") %} In local it does not: each update was clipped and noised at
+its site before it was masked.{% endif %}
+{% elif run.private %}The guarantee above does not rest on this: each update was clipped and noised at its site before
 it was masked.{% else %}<span class="over">The sums themselves have no protection: what they show of patients, they
 show.</span>{% endif %}
 {% if run.sites | length == 2 %}With two sites, either of them can subtract its own update from the sum and so learn
@@ -213,6 +235,22 @@ its ledger what was spent. Other studies count in full here, on whichever of the
 
 _ROUNDS = """
 <section aria-labelledby="rounds"><h2 id="rounds">Over the rounds</h2>
+{% if run.phases | length > 1 or run.phases_chosen %}
+<div class="scroll" tabindex="0" role="region" aria-label="Phases"><table>
+<thead><tr><th scope="col">Phase</th><th scope="col">What happened</th><th scope="col" class="n">Rounds</th>
+<th scope="col" class="n">Steps a round</th><th scope="col" class="n">Completed</th></tr></thead><tbody>
+{% for phase in phases %}
+<tr><th scope="row">{{ loop.index }}: {{ phase.algorithm }}</th><td>{{ phase.algorithm | algorithm_words }}</td>
+<td class="n">{{ range(phase.first, phase.last + 1) | rounds }}</td>
+<td class="n">{{ "one release" if phase.algorithm == "moments" else phase.steps }}</td>
+<td class="n{{ " over" if phase.done <= phase.last - phase.first and run.status != "running" }}">{{ phase.done }} of
+{{ phase.last - phase.first + 1 }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% if run.phases_chosen %}
+<p><b>Why these phases:</b> the study left the choice to Synthward. {{ run.phases_chosen }}</p>
+{% endif %}
+{% endif %}
 {% if not num_rounds %}
 <p>No round was completed.</p>
 {% else %}
@@ -246,39 +284,48 @@ privacy.</figcaption>
 </tbody></table></div></details>
 </figure>
 </div>
+{% if fact_rows %}
+<h3 class="next">Rounds of moments</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="Rounds of moments"><table>
+<caption>Computed from the {{ "noisy " if run.private }}sums and synthetic images
+{%- if run.private %} only, so none of it costs privacy{% endif %}.</caption>
+<thead><tr><th scope="col">Round</th>{% for name in fact_names %}
+<th scope="col" class="n">{{ name | fact_words | capitalize }}</th>
+{%- endfor %}</tr></thead><tbody>
+{% for round, values in fact_rows %}<tr><th scope="row">{{ round }}</th>
+{%- for value in values %}<td class="n">{{ value | fact }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+{% endif %}
 {% endif %}
 </section>
 """
 
 _SAMPLES = """
 <section aria-labelledby="samples"><h2 id="samples">Synthetic images, before and after the patients' data</h2>
-{% if before or after %}
+{% if grids %}
 <p>Every image here came out of the generator; none was taken from a patient.
 {% if not run.private %}<b class="over">Without differential privacy a generator can repeat patients' images.</b>
 {% endif %}
 All grids use the same latents, so that they compare image by image.
 {% if study.image.labels %}Rows are grouped by label, from the top: {{ study.image.labels | join(", ") }}.
 {% endif %}</p>
-<div class="two">
-{% if before %}
-<figure><img src="{{ before }}" alt="Grid of synthetic images before the first round. {{ before_caption }}.">
-<figcaption><b>Before (round 0)</b>{{ before_caption }}</figcaption></figure>
-{% endif %}
-{% if after %}
-<figure><img src="{{ after }}" alt="Grid of synthetic images after round {{ after_round }}, the last one completed.">
-<figcaption><b>After (round {{ after_round }})</b>trained on the sites' patients
-{%- if run.private %}, with the guarantee above{% else %}, <span class="over">without privacy</span>{% endif
-%}</figcaption>
-</figure>
-{% else %}
+<div class="grids">
+{% for grid in grids %}
+<figure><img src="{{ grid.image }}" alt="Grid of synthetic images: {{ grid.title }}. {{ grid.caption }}.">
+<figcaption><b>{{ grid.title }}</b>{{ grid.caption }}
+{%- if grid.epsilon is not none %}; <span class="whole">ε = {{ grid.epsilon | epsilon }}</span> spent by
+then{{ " at most" if run.sites | length > 1 }}{% endif %}
+{%- if not run.private and not loop.first %}, <span class="over">without privacy</span>{% endif
+%}</figcaption></figure>
+{% endfor %}
+{% if grids | length == 1 and not run.rounds_completed %}
 <p>No round was completed, so there is nothing after it.</p>
 {% endif %}
 </div>
-{% if between %}
+{% if strip %}
 <div class="strip">
-{% for round, image in between %}
-<figure><img src="{{ image }}" alt="Grid of synthetic images after round {{ round }}.">
-<figcaption>round {{ round }}</figcaption>
+{% for title, image in strip %}
+<figure><img src="{{ image }}" alt="Grid of synthetic images after {{ title }}."><figcaption>{{ title }}</figcaption>
 </figure>
 {% endfor %}
 </div>

@@ -35,6 +35,40 @@ CODES = {
 }
 
 
+ALGORITHMS = {
+    "local": "each site trained both networks on its own patients, and the updates were averaged",
+    "joint": "one discriminator was trained on the patients of all sites together, a noisy sum at a time",
+    "moments": "the sites told what their patients look like on average, and the generator was fitted to that",
+}
+FACTS = {
+    "noise_share": "noise in the sum",
+    "residual_before": "misfit before",
+    "residual_after": "misfit after",
+    "steps": "generator steps",
+    "stopped": "why it stopped",
+}
+
+
+def algorithm_words(algorithm: str) -> str:
+    """What a phase of this algorithm does, in a sentence without its stop."""
+    return ALGORITHMS.get(algorithm, algorithm)
+
+
+def count_text(count: int, thing: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def fact_words(name: str) -> str:
+    """The heading of a figure that a round left."""
+    return FACTS.get(name, name.replace("_", " "))
+
+
+def fact_text(value: Any) -> str:
+    """A figure that a round left, as people read it."""
+    return number(value) if isinstance(value, float) else str(value)
+
+
 def code_words(code: str) -> str:
     """What a refusal's code means, in a few words."""
     return CODES.get(code, code.replace("_", " "))

@@ -108,7 +108,7 @@ class Machines:
                 return site.share_keys(request)
             case MaskedInputRequest():
                 site.open_shares(request)
-                return site.masked_input(self.vectors[name], self.encoding, request.train.round)[0]
+                return site.masked_input(self.vectors[name], self.encoding, request.work.round)[0]
             case ConfirmSurvivorsRequest():
                 return site.confirm_survivors(request)
             case UnmaskRequest():
@@ -217,7 +217,7 @@ class Attacker:
                 self.dealt[name] = reply
             case MaskedInput() if isinstance(request, MaskedInputRequest):
                 self.masked[name], self.told[name] = reply, request.sharers
-                self.shown[name] = request.train.digest
+                self.shown[name] = request.work.digest
             case Confirmation():
                 self.confirmed[name] = reply.signature
             case UnmaskShares():
@@ -242,7 +242,7 @@ class Attacker:
         names = tuple(names or self.sites.names)
         match stage:
             case "advertise_keys":
-                return AdvertiseKeysRequest(self.sites.study_digest, self.number)
+                return AdvertiseKeysRequest(self.sites.study_digest, self.number, 1)
             case "share_keys":
                 return self.share_keys([self.keys[each] for each in names if each in self.keys])
             case "masked_input":

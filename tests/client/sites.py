@@ -21,7 +21,7 @@ IMAGES = (1, 4, 2, 9, 1, 3, 2, 1)  # of each patient
 
 
 def study_of(**tables: dict[str, Any]) -> StudyConfig:
-    """Two steps a round, three rounds; q = 1 keeps the calibration quick."""
+    """Two steps a round, three rounds, unless there are phases; q = 1 keeps the calibration quick."""
     tree: dict[str, dict[str, Any]] = {
         "image": {"size": 28},
         "gan": {
@@ -43,6 +43,8 @@ def study_of(**tables: dict[str, Any]) -> StudyConfig:
     }
     for name, changes in tables.items():
         tree[name] = {**tree.get(name, {}), **changes}
+    if "phase" in tree["federation"]:
+        del tree["federation"]["rounds"], tree["federation"]["local_steps"]
     return StudyConfig.model_validate(tree)
 
 

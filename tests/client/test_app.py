@@ -123,9 +123,11 @@ def test_a_site_enrols_and_trains_until_its_budget_is_spent(tmp_path: Path, phan
         assert spent(site, study) == 2 * round_number
         assert np.isfinite(update.vector).all() and (update.vector != 0).any()
         assert MARKER.encode() not in packed
-    refused, _ = ask(site, study, request_of(study, 4, seed=4))
+    refused, _ = ask(site, study, request_of(study, 3, seed=4))
     assert refused == Refusal("budget_exhausted")
     assert "6 steps" in log_of(site)
+    refused, _ = ask(site, study, request_of(study, 4, seed=4))
+    assert refused == Refusal("bad_peer")  # the study has three rounds
     again, _ = ask(site, study, EnrolRequest(study.digest))
     assert isinstance(again, Enrolment) and num_steps(again.history) == 6
 
@@ -298,7 +300,7 @@ def test_an_error_within_training_leaves_as_a_bare_code(
 ) -> None:
     study, site = study_of(), site_at(tmp_path, phantoms)
     ask(site, study, EnrolRequest(study.digest))
-    monkeypatch.setattr(training, "_draw", raising(IndexError(TEXT)))
+    monkeypatch.setattr(training, "draw", raising(IndexError(TEXT)))
     reply, packed = ask(site, study, request_of(study))
     assert reply == Refusal("internal")
     assert MARKER.encode() not in packed

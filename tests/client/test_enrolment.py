@@ -304,10 +304,10 @@ def test_an_enrolment_tells_the_newest_attempt_that_the_site_served(site: SiteSe
         lambda: open_accountant(settings, study, read_enrolled(settings, study)),
     )
     for number in (3, 8):
-        advertise_keys(at, AdvertiseKeysRequest(study.digest, number))
+        advertise_keys(at, AdvertiseKeysRequest(study.digest, number, 1))
         assert joined(settings, study).last_attempt == number
     with pytest.raises(OutOfOrder):
-        advertise_keys(at, AdvertiseKeysRequest(study.digest, 8))
+        advertise_keys(at, AdvertiseKeysRequest(study.digest, 8, 1))
     assert joined(settings, study.with_changes("", seed=1)).last_attempt == 0  # of this study
 
 

@@ -22,8 +22,8 @@ def opened_when_the_others_are_shown(state: NDArray[np.float32]) -> NDArray[np.f
     server = consortium.advertise()
     consortium.share(server)
     for name, request in server.masked_input_requests(consortium.train).items():
-        train = request.train if name == VICTIM else replace(request.train, generator=state)
-        consortium.sites[name].open_shares(replace(request, train=train))
+        train = request.work if name == VICTIM else replace(request.work, generator=state)
+        consortium.sites[name].open_shares(replace(request, work=train))
         vector = UPDATE if name == VICTIM else np.zeros(LENGTH, np.float32)
         message, _ = consortium.sites[name].masked_input(vector, consortium.plan.encoding, 1)
         server.take_masked_input(name, message)

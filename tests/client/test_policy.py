@@ -3,6 +3,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from client.decision import Rule, decide, refuse_unless_allowed
+from client.decision import Rule, decide, refuse_unless_allowed, rest_of
 from client.policy import FILE_NAME, DataPolicy, Policy, set_roster_digest
 from client.settings import SiteSettings
 from common.config import StudyConfig
@@ -209,6 +210,81 @@ def test_delta_suits_the_number_of_patients_in_study_and_budget() -> None:
     assert refused(policy_of(data=(data_of(delta=1.01e-3),))) == ["delta"]
 
 
+# ---------------------------------------------------------------- phases
+
+
+def phases_of(*algorithms: str, **privacy: Any) -> StudyConfig:
+    """The study with a phase of each algorithm, of equal shares."""
+    phases = [
+        {"algorithm": name, "share": 1 / len(algorithms), "steps": 1 + 2 * (name != "moments")} for name in algorithms
+    ]
+    tree = STUDY.model_dump() | {"privacy": STUDY.privacy.model_dump() | privacy}
+    tree["federation"] = {"contracted_patients": STUDY.federation.contracted_patients, "phase": phases}
+    return StudyConfig.model_validate(tree)
+
+
+def allowing(study: StudyConfig, **changes: Any) -> Policy:
+    return policy_of(study_digests=(study.digest,), **changes)
+
+
+@pytest.mark.parametrize(
+    ("phases", "allowed", "expected"),
+    [
+        (("moments",), ("moments",), []),
+        (("moments", "joint", "moments"), ("joint", "moments"), []),
+        (("moments", "local"), ("local", "joint", "moments"), []),
+        (("moments", "local"), ("local",), ["algorithm"]),
+        (("local", "joint"), ("local", "moments"), ["algorithm"]),
+        (("moments",), (), ["algorithm"]),
+    ],
+)
+def test_every_algorithm_of_a_study_is_allowed_or_none(
+    phases: tuple[str, ...], allowed: tuple[str, ...], expected: list[str]
+) -> None:
+    study = phases_of(*phases)
+    assert refused(allowing(study, algorithms=allowed), study) == expected
+
+
+def test_the_algorithms_are_named_once_each() -> None:
+    study = phases_of("moments", "joint", "moments")
+    rule = rule_of("algorithm", allowing(study, algorithms=("local", "joint")), study)
+    assert (rule.allowed, rule.why) == (
+        False, "The policy allows local and joint; the study uses moments and joint."
+    )  # fmt: skip
+
+
+def test_how_often_patients_are_drawn_is_not_asked_of_moments_alone() -> None:
+    """They are of all patients, with the noise for that; a study that also trains draws them."""
+    strict = {"algorithms": ("local", "joint", "moments"), "largest_sampling_probability": 0.1}
+    alone, mixed = phases_of("moments", "moments"), phases_of("moments", "joint")
+    assert refused(allowing(alone, **strict), alone) == []
+    assert "Not asked" in rule_of("sampling", allowing(alone, **strict), alone).why
+    assert refused(allowing(mixed, **strict), mixed) == ["sampling"]
+    assert refused(allowing(mixed, **strict | {"largest_sampling_probability": 0.25}), mixed) == []
+
+
+def test_the_budget_is_for_all_phases_together() -> None:
+    study = phases_of("moments", "local")
+    both = {"algorithms": ("local", "moments")}
+    assert refused(allowing(study, **both, data=(data_of(epsilon=2.0),)), study) == []
+    assert refused(allowing(study, **both, data=(data_of(epsilon=1.95),)), study) == ["budget"]
+
+
+def test_what_is_left_of_the_phases_is_what_a_study_still_costs() -> None:
+    study = phases_of("moments", "local")
+    plan = make_plan(study)
+    assert plan is not None
+    release, training = plan.history
+    assert rest_of(study, ()) == (release, training)
+    assert rest_of(study, (release,)) == (training,)
+    assert rest_of(study, (release, replace(training, steps=2))) == (replace(training, steps=1),)
+    assert rest_of(study, (release, training)) == ()
+    both = allowing(study, algorithms=("local", "moments"))
+    for spent in ((release,), (release, replace(training, steps=1)), plan.history):
+        assert refused(both, study, histories=(spent,), spent_here=spent) == []
+        assert refused(both, study, histories=(spent,)) == ["budget"]  # as if another study had made the same
+
+
 # ---------------------------------------------------------------- the budget
 
 
@@ -216,7 +292,8 @@ def steps_of(study: StudyConfig, steps: int) -> Mechanism:
     """What a study charges for some of its steps."""
     plan = make_plan(study)
     assert plan is not None
-    return Mechanism(plan.mechanism.sampling_probability, plan.mechanism.noise_multiplier, steps)
+    (planned,) = plan.history
+    return replace(planned, steps=steps)
 
 
 EARLIER = (Mechanism(0.1, 3.0, 20),)
@@ -337,7 +414,7 @@ policies = st.builds(
     minimum_cohort=st.integers(2, 10**6),
     study_digests=tuples(hex64s),
     study_signers=tuples(hex64s),
-    algorithms=tuples(st.just("local")),
+    algorithms=tuples(st.sampled_from(["local", "joint", "moments"])),
     outputs=tuples(st.sampled_from(["masked_updates", "plain_updates"])),
     largest_sampling_probability=st.floats(0, 1, exclude_min=True),
     minimum_patients=st.integers(1, 10**9),

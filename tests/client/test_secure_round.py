@@ -72,7 +72,7 @@ class Pair:
         return np.concatenate([state["generator"].numpy(), state["discriminator"].numpy()])
 
     def advertise(self, number: int) -> None:
-        request = AdvertiseKeysRequest(self.study.digest, number)
+        request = AdvertiseKeysRequest(self.study.digest, number, 1)
         self.keys = {name: secure_round.advertise_keys(self.at(name), request) for name in SITES}
 
     def share(self, number: int) -> dict[str, MaskedInputRequest]:
@@ -150,7 +150,7 @@ def test_rounds_follow_one_another_on_the_keys_that_came_before_until_the_budget
     for name in SITES:
         assert pair.ended(name) and last_attempt(pair.at(name).folder) == 3
         with pytest.raises(BudgetExhausted):
-            secure_round.advertise_keys(pair.at(name), AdvertiseKeysRequest(pair.study.digest, 4))
+            secure_round.advertise_keys(pair.at(name), AdvertiseKeysRequest(pair.study.digest, 4, 1))
         assert last_attempt(pair.at(name).folder) == 3  # a refusal uses no attempt up
 
 
@@ -166,7 +166,7 @@ def test_an_update_that_was_made_and_waits_takes_part_though_all_is_spent(tmp_pa
     assert np.abs(pair.server.result() - sum(before.values())).max() < bound(pair)
     assert [pair.steps(name) for name in SITES] == [2, 2]
     with pytest.raises(BudgetExhausted):
-        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 9))
+        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 9, 1))
 
 
 def test_a_study_without_privacy_has_no_budget(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_the_larger_of_the_two_minima_counts(study: int, own: int, joined: bool,
     pair = Pair(tmp_path, secure_study(SITES, federation={"minimum_sites": study}))
     for name, folder in pair.folders.items():
         at = secure_site(folder, pair.study)
-        request = AdvertiseKeysRequest(pair.study.digest, 1)
+        request = AdvertiseKeysRequest(pair.study.digest, 1, 1)
         stricter = replace(at, member=replace(at.member, minimum_cohort=own))
         pair.keys[name] = secure_round.advertise_keys(stricter, request)
     if joined:
@@ -222,7 +222,7 @@ def test_nothing_is_trained_before_the_shares_are_checked(pair: Pair) -> None:
 
 
 def newer_attempt(pair: Pair) -> None:
-    secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 5))
+    secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 5, 1))
 
 
 def damaged_file(pair: Pair) -> None:
@@ -399,7 +399,7 @@ def test_a_saved_update_that_nobody_asks_for_lets_a_spent_site_join_once_only(tm
     with pytest.raises(BudgetExhausted):
         pair.mask("north", requests["north"])
     with pytest.raises(BudgetExhausted):
-        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 3))
+        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 3, 1))
 
 
 def test_an_update_leaves_once_though_another_was_noted_and_never_saved(
@@ -452,4 +452,4 @@ def test_a_lost_count_of_attempts_is_refused(pair: Pair) -> None:
     pair.finish(pair.begin(1))
     (pair.at("north").folder / SERVED_FILE).unlink()
     with pytest.raises(SiteError, match="is gone"):
-        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 1))
+        secure_round.advertise_keys(pair.at("north"), AdvertiseKeysRequest(pair.study.digest, 1, 1))

@@ -46,7 +46,8 @@ def test_a_round_returns_both_differences_and_charges_what_was_planned(tmp_path:
     plan = make_plan(at.study)
     assert plan is not None
     assert update.round == 1
-    assert charged_in(tmp_path, at.study) == (replace(plan.mechanism, steps=2),)
+    (planned,) = plan.history
+    assert charged_in(tmp_path, at.study) == (replace(planned, steps=2),)
     assert update.vector.dtype == np.float32
     for difference, shared in zip(parts(update, request), (request.generator, request.discriminator), strict=True):
         assert difference.shape == shared.shape
@@ -86,8 +87,8 @@ def test_the_charge_is_on_disk_before_the_first_gradient(tmp_path: Path, monkeyp
 
 def test_the_charge_is_on_disk_before_a_patient_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    draw = training._draw
-    monkeypatch.setattr(training, "_draw", lambda at: (seen.append(spent(tmp_path)), draw(at))[1])
+    draw = training.draw
+    monkeypatch.setattr(training, "draw", lambda at: (seen.append(spent(tmp_path)), draw(at))[1])
     train_round(site_of(tmp_path), request_of(study_of()))
     assert seen == [2, 2]
 
@@ -128,7 +129,9 @@ def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
     for round_number in (1, 2, 3):
         train_round(at, request_of(at.study, round_number))
         assert spent(tmp_path) == 2 * round_number
-    with pytest.raises(BudgetExhausted, match="6 steps"):
+    with pytest.raises(BudgetExhausted, match="All 6 steps .* phase 1 are spent"):
+        train_round(at, request_of(at.study, 3, seed=1))
+    with pytest.raises(BadPeer, match="from 1 to 3, found 4"):
         train_round(at, request_of(at.study, 4))
     assert spent(tmp_path) == 6
     history = charged_in(tmp_path, at.study)
@@ -271,7 +274,7 @@ def test_the_last_round_takes_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     at = site_of(tmp_path)
     plan = make_plan(at.study)
     assert plan is not None and at.accountant is not None
-    release = Release(at.study.digest, "", "run", 1, replace(plan.mechanism, steps=5), 1.0)
+    release = Release(at.study.digest, "", "run", 1, replace(plan.phases[0].mechanism, steps=5), 1.0)
     at.accountant.ledger.charge(at.accountant.data_set, release, at.accountant.budget)
     reports: list[tuple[int, int]] = []
     with progress.listening(lambda done, total: reports.append((done, total))):
@@ -325,13 +328,13 @@ def test_a_budget_that_ends_in_the_middle_of_a_study_stops_the_site_before_it_dr
     with pytest.raises(OverBudget):
         account.charge_round(3)
     before = Ledger(tmp_path, KEY).lines()
-    monkeypatch.setattr(training, "_draw", None)
+    monkeypatch.setattr(training, "draw", None)
     with pytest.raises(OverBudget, match="epsilon"):
         train_round(at, request_of(at.study, 2))
     assert Ledger(tmp_path, KEY).lines() == before
     assert at.accountant is not None
     with pytest.raises(OverBudget):
-        at.accountant.check_next_round()
+        at.accountant.check_round(2)
 
 
 def test_a_delta_too_large_for_the_site_stops_it_before_it_spends(tmp_path: Path) -> None:
@@ -406,7 +409,7 @@ def test_the_expected_batch_is_public() -> None:
 
 
 def test_a_draw_groups_images_by_patient_up_to_the_limit() -> None:
-    batch = training._draw(site_of(Path()))
+    batch = training.draw(site_of(Path()))
     # q = 1 and 3 images a patient at most: 1, 3, 2, 3, 1, 3, 2, 1 rows in this order.
     expected = np.repeat(np.arange(8), [min(count, 3) for count in IMAGES])
     np.testing.assert_array_equal(batch.owner, expected)
@@ -418,7 +421,7 @@ def test_a_draws_owners_are_positions_in_the_draw() -> None:
     study = study_of(privacy={"sampling_probability": 0.5, "images_per_patient": 3})
     sizes = set()
     for _ in range(30):
-        batch = training._draw(site_of(Path(), study))
+        batch = training.draw(site_of(Path(), study))
         positions = sorted(set(batch.owner.tolist()))
         assert positions == list(range(len(positions)))
         values = [set(batch.images[batch.owner == each, 0, 0, 0].tolist()) for each in positions]
@@ -430,7 +433,7 @@ def test_a_draws_owners_are_positions_in_the_draw() -> None:
 def test_an_empty_draw_is_trained_and_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "draw_patients", lambda num_patients, q: np.zeros(0, np.intp))
     at = site_of(tmp_path)
-    assert training._draw(at).images.shape == (0, 1, 28, 28)
+    assert training.draw(at).images.shape == (0, 1, 28, 28)
     request = request_of(at.study)
     update = train_round(at, request)
     assert spent(tmp_path) == 2
@@ -458,3 +461,88 @@ def test_two_processes_release_one_update_under_one_charge(tmp_path: Path) -> No
         first, second = pool.map(lambda _: train_round(at, request), range(2))
     assert_same(first, second)
     assert spent(tmp_path) == 2
+
+
+# ---------------------------------------------------------------- phases
+
+TWO = study_of(
+    federation={
+        "phase": [
+            {"algorithm": "local", "share": 0.5, "rounds": 2, "steps": 2},
+            {"algorithm": "local", "share": 0.5, "rounds": 2, "steps": 3},
+        ]
+    }
+)
+"""Four steps, then six with noise of their own."""
+
+
+def test_every_round_is_charged_and_noised_as_its_phase_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, plan, stddevs = site_of(tmp_path, TWO), make_plan(TWO), []
+    step = GanTrainer.discriminator_step
+
+    def reading(self: GanTrainer, real: RealBatch) -> Any:
+        stddevs.append(self.discriminator_optimizer.noise_stddev)  # type: ignore[attr-defined]
+        return step(self, real)
+
+    monkeypatch.setattr(GanTrainer, "discriminator_step", reading)
+    for number in (1, 2, 3, 4):
+        train_round(at, request_of(TWO, number))
+    assert plan is not None
+    first, second = plan.phases
+    assert charged_in(tmp_path, TWO) == (first.mechanism, second.mechanism)
+    assert stddevs == [first.noise_stddev] * 4 + [second.noise_stddev] * 6
+    assert first.noise_stddev < 0.95 * second.noise_stddev
+    lines = [(line.round, line.steps, line.noise_multiplier) for line in Ledger(tmp_path, KEY).lines()]
+    assert lines == [
+        (1, 2, first.mechanism.noise_multiplier),
+        (2, 2, first.mechanism.noise_multiplier),
+        (3, 3, second.mechanism.noise_multiplier),
+        (4, 3, second.mechanism.noise_multiplier),
+    ]
+
+
+def test_a_phase_that_is_spent_leaves_the_next_one_whole(tmp_path: Path) -> None:
+    """Two rounds of the first phase were lost to crashes: its other rounds are refused, the next phase's made."""
+    at = site_of(tmp_path, TWO)
+    assert at.accountant is not None
+    for number in (1, 1):
+        at.accountant.charge_round(number)
+    for number in (1, 2):
+        with pytest.raises(BudgetExhausted, match="All 4 steps .* phase 1 are spent"):
+            at.accountant.check_round(number)
+        with pytest.raises(BudgetExhausted):
+            train_round(at, request_of(TWO, number))
+    at.accountant.check_round(3)
+    for number in (3, 4):
+        train_round(at, request_of(TWO, number))
+    assert charged_in(tmp_path, TWO) == make_plan(TWO).history  # type: ignore[union-attr]
+    with pytest.raises(BudgetExhausted, match="All 6 steps .* phase 2 are spent"):
+        at.accountant.check_round(4)
+
+
+def test_optimizers_go_on_through_phases(tmp_path: Path) -> None:
+    at = site_of(tmp_path, TWO)
+    for number in (2, 3):
+        train_round(at, request_of(TWO, number))
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    assert {int(entry["step"]) for entry in state["discriminator_optimizer"]["state"].values()} == {2 + 3}
+
+
+def test_a_round_of_another_algorithm_is_refused_before_anything_is_charged(tmp_path: Path) -> None:
+    federation = {"phase": [{"algorithm": "moments", "share": 0.5}, {"algorithm": "local", "share": 0.5, "steps": 2}]}
+    study = study_of(federation=federation)
+    at = site_of(tmp_path, study)
+    with pytest.raises(BadPeer, match="asks for local in round 1, which is one of moments"):
+        train_round(at, request_of(study, 1))
+    assert charged_in(tmp_path, study) == ()
+    train_round(at, request_of(study, 2))
+    assert num_steps(charged_in(tmp_path, study)) == 2
+
+
+def test_without_privacy_a_round_has_the_steps_of_its_phase(tmp_path: Path) -> None:
+    study = TWO.with_changes("privacy", enabled=False)
+    reports: list[tuple[int, int]] = []
+    for number in (2, 3):
+        with progress.listening(lambda done, total: reports.append((done, total))):
+            train_round(site_of(tmp_path, study), request_of(study, number))
+    assert reports == [(1, 2), (2, 2), (1, 3), (2, 3), (3, 3)]

@@ -3,12 +3,14 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.updates import FILE_NAME, Updates, give_up, note_left, note_made, read
+from client.updates import FILE_NAME, MadeSum, MadeUpdate, Updates, give_up, note_left, note_made, read
 from common.errors import SiteError
+from common.secagg.encoding import Encoding
 
 ONE, OTHER = "1a" * 32, "2b" * 32
 
@@ -58,3 +60,12 @@ def test_a_damaged_file_stops_the_site_rather_than_letting_an_update_leave_twice
         with pytest.raises(SiteError, match="damaged"):
             use()
     assert (tmp_path / FILE_NAME).read_bytes() == content
+
+
+def test_integers_leave_as_the_numbers_they_stand_for_where_nothing_masks_them() -> None:
+    # Steps of 2^-3: 12 are 1.5.
+    integers = MadeSum(1, np.array([12, -1, 0], np.int64), Encoding(2.0**20, 3, 32), "id")
+    assert integers.floats.dtype == np.float32
+    assert integers.floats.tolist() == [1.5, -0.125, 0.0]
+    floats = MadeUpdate(1, np.array([1.5, -0.125], np.float32), "id")
+    assert floats.floats.tolist() == [1.5, -0.125]

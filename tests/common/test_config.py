@@ -9,7 +9,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from pydantic import ValidationError
 
-from common.config import StudyConfig, holdout_share, start_size
+from common.config import PhaseConfig, StudyConfig, holdout_share, start_size
 from common.errors import ConfigError
 from common.secagg.encoding import Encoding
 from tests.strategies import SIZES, studies
@@ -119,6 +119,7 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
         {"privacy": {"sampling_probability": 1.01}},
         {"privacy": {"images_per_patient": 0}},
         {"privacy": {"unit": "image"}},
+        {"privacy": {"colluding_sites": -1}},
         {"federation": {"rounds": 0}},
         {"federation": {"local_steps": 0}},
         {"federation": {"contracted_patients": {"a": 0}}},
@@ -127,7 +128,7 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
         {"federation": {"contracted_patients": {"../a": 3}}},
         {"federation": {"contracted_patients": "a=1,a=2"}},
         {"federation": {"contracted_patients": "a"}},
-        {"federation": {"algorithm": "joint"}},
+        {"federation": {"algorithm": "central"}},
         {"federation": {"aggregation": "masked"}},
         {"federation": {"minimum_sites": 0}},
         {"secure_aggregation": {"value_range": 0}},
@@ -197,7 +198,10 @@ def test_a_study_is_frozen() -> None:
         ("privacy", {"epsilon": 9.0}),
         ("privacy", {"enabled": False}),
         ("privacy", {"clip_norm": 2.0}),
+        ("privacy", {"colluding_sites": 0}),
         ("federation", {"rounds": 11}),
+        ("federation", {"algorithm": "joint"}),
+        ("federation", {"phase": [{"algorithm": "local", "steps": 10}]}),
         ("federation", {"contracted_patients": {"a": 30}}),
         ("federation", {"aggregation": "plain"}),
         ("federation", {"weights": "contracted"}),
@@ -418,6 +422,185 @@ def test_no_weight_takes_an_update_out_of_the_value_range(study: StudyConfig) ->
 
 def test_total_steps() -> None:
     assert study_of(federation={"rounds": 7, "local_steps": 5}).total_steps == 35
+
+
+# ---------------------------------------------------------------- phases
+
+PHASES = """
+name = "lungs"
+[federation]
+minimum_sites = 4
+[[federation.phase]]
+algorithm = "moments"
+share = 0.6
+rounds = 2
+[[federation.phase]]
+algorithm = "joint"
+share = 0.3
+rounds = 3
+steps = 100
+[[federation.phase]]
+algorithm = "local"
+share = 0.1
+rounds = 4
+steps = 5
+"""
+FLAT = "moments share=0.6 rounds=2 steps=1; joint share=0.3 rounds=3 steps=100; local share=0.1 rounds=4 steps=5"
+THREE = (
+    PhaseConfig(algorithm="moments", share=0.6, rounds=2, steps=1),
+    PhaseConfig(algorithm="joint", share=0.3, rounds=3, steps=100),
+    PhaseConfig(algorithm="local", share=0.1, rounds=4, steps=5),
+)
+
+
+def three_phases() -> StudyConfig:
+    return study_of(name="lungs", federation={"phase": THREE, "minimum_sites": 4})
+
+
+def test_phases_are_tables_of_the_study_file(tmp_path: Path) -> None:
+    study = StudyConfig.from_toml(write(tmp_path, PHASES))
+    assert study.phases == THREE
+    assert study == three_phases()
+    assert (study.total_rounds, study.total_steps) == (2 + 3 + 4, 2 * 1 + 3 * 100 + 4 * 5)
+
+
+def test_phases_are_one_text_for_flower() -> None:
+    flat = three_phases().to_run_config()
+    assert flat["study.federation.phase"] == FLAT
+    assert StudyConfig.from_run_config(flat).phases == THREE
+    loose = StudyConfig.from_run_config({"study.federation.phase": " moments  share=0.4 ;joint steps=7 share=0.6; "})
+    assert loose.phases == (
+        PhaseConfig(algorithm="moments", share=0.4),
+        PhaseConfig(algorithm="joint", share=0.6, rounds=1, steps=7),
+    )
+    assert StudyConfig.from_run_config(study_of().to_run_config()).federation.phase == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("moments share", "expected 'algorithm key=value"),
+        ("moments rounds=1 rounds=2", "each key once"),
+        ("moments algorithm=joint", "each key once"),
+        ("moments colour=red", "colour: no such key"),
+        ("share=1", "phase.0.algorithm"),
+        ("moments rounds=many", "phase.0.rounds"),
+        ("moments; moments", "add up to 1"),
+    ],
+)
+def test_a_text_that_is_no_phases_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        StudyConfig.from_run_config({"study.federation.phase": text})
+
+
+@pytest.mark.parametrize("algorithm", ["local", "joint", "moments"])
+def test_the_short_form_is_one_phase(algorithm: str) -> None:
+    study = study_of(federation={"algorithm": algorithm, "rounds": 7, "local_steps": 5})
+    steps = 1 if algorithm == "moments" else 5
+    assert [phase.model_dump() for phase in study.phases] == [
+        {"algorithm": algorithm, "share": 1.0, "rounds": 7, "steps": steps}
+    ]
+    assert (study.total_rounds, study.total_steps) == (7, 7 * steps)
+
+
+@pytest.mark.parametrize("beside", [{"algorithm": "joint"}, {"rounds": 11}, {"local_steps": 11}])
+def test_phases_are_said_once(beside: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="leave these out beside phase tables"):
+        study_of(federation={"phase": [{"algorithm": "moments"}], **beside})
+
+
+@pytest.mark.parametrize("shares", [(0.5,), (0.5, 0.4), (0.5, 0.50001), (0.9, 0.9), (1.0, 1e-5)])
+def test_shares_that_do_not_add_up_are_refused(shares: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="must add up to 1"):
+        study_of(federation={"phase": [{"algorithm": "moments", "share": share} for share in shares]})
+
+
+def test_shares_add_up_though_no_double_is_a_third() -> None:
+    for count in range(1, 40):
+        study = study_of(federation={"phase": [{"algorithm": "moments", "share": 1 / count}] * count})
+        assert len(study.phases) == count
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        {"algorithm": "moments", "steps": 2},  # a round is one release
+        {"algorithm": "central"},
+        {"algorithm": "auto"},
+        {"algorithm": "joint", "rounds": 0},
+        {"algorithm": "joint", "steps": 0},
+        {"algorithm": "joint", "share": 0.0},
+        {"algorithm": "joint", "share": 1.1},
+        {"algorithm": "joint", "share": -1.0},
+        {"algorithm": "joint", "local_steps": 4},
+        {"algorithm": "local", "steps": 2},  # the generator makes a step after every third
+        {},
+    ],
+)
+def test_what_is_no_phase_is_refused(phase: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        study_of(federation={"phase": [phase]})
+
+
+def test_rounds_count_through_all_phases() -> None:
+    study = three_phases()
+    assert [study.phase_number(number) for number in range(1, 10)] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [study.last_round(number) for number in range(3)] == [2, 5, 9]
+
+
+@pytest.mark.parametrize("number", [-1, 0, 10])
+def test_no_other_round_has_a_phase(number: int) -> None:
+    with pytest.raises(ValueError, match=f"expected a round from 1 to 9, found {number}"):
+        three_phases().phase_number(number)
+
+
+@given(studies())
+def test_every_phase_has_its_rounds_in_order(study: StudyConfig) -> None:
+    first = 1
+    for number, phase in enumerate(study.phases):
+        last = study.last_round(number)
+        assert last - first + 1 == phase.rounds
+        assert study.phase_number(first) == study.phase_number(last) == number
+        first = last + 1
+    assert first - 1 == study.total_rounds
+
+
+@pytest.mark.parametrize(("key", "value"), [("algorithm", "local"), ("share", 0.7), ("rounds", 3), ("steps", 7)])
+def test_the_digest_covers_every_key_of_a_phase_and_their_order(key: str, value: object) -> None:
+    rest = {"algorithm": "joint", "share": 0.3, "steps": 3}
+    first = {"algorithm": "joint", "share": 0.7, "rounds": 2, "steps": 4}
+    if key == "share":
+        first["share"], rest["share"] = 0.6, 0.4
+    study = study_of(federation={"phase": [first, rest]})
+    other = {**rest, "share": 0.3} if key == "share" else rest
+    assert study_of(federation={"phase": [{**first, key: value}, other]}).digest != study.digest
+    assert study_of(federation={"phase": [rest, first]}).digest != study.digest
+    assert study_of(federation={"phase": [dict(reversed(first.items())), rest]}).digest == study.digest
+
+
+# ---------------------------------------------------------------- who makes the noise of a sum
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "minimum", "colluding", "expected"),
+    [("secure", 2, 1, 1), ("secure", 5, 1, 4), ("secure", 5, 4, 1), ("secure", 5, 0, 5), ("plain", 5, 1, 1)],
+)
+def test_the_sites_that_are_sure_to_have_made_the_noise(
+    aggregation: str, minimum: int, colluding: int, expected: int
+) -> None:
+    study = study_of(
+        federation={"aggregation": aggregation, "minimum_sites": minimum}, privacy={"colluding_sites": colluding}
+    )
+    assert study.num_noisy == expected
+
+
+@pytest.mark.parametrize(("minimum", "colluding"), [(2, 2), (3, 3), (3, 7)])
+def test_a_sum_whose_noise_colluding_sites_could_know_is_refused(minimum: int, colluding: int) -> None:
+    tables: dict[str, Any] = {"federation": {"minimum_sites": minimum}, "privacy": {"colluding_sites": colluding}}
+    with pytest.raises(ValidationError, match=r"minimum_sites must be above privacy\.colluding_sites"):
+        study_of(**tables)
+    tables["federation"]["aggregation"] = "plain"  # every site makes all of it
+    assert study_of(**tables).num_noisy == 1
 
 
 @pytest.mark.parametrize("name", ["brain-t1", "chest-xray", "phantom"])

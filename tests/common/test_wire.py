@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -16,20 +17,32 @@ from common.errors import BadPeer
 from common.messages import (
     AdvertiseKeysRequest,
     Confirmation,
+    ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     Enrolment,
     EnrolRequest,
+    JointRequest,
     LocalUpdate,
     MaskedInput,
     MaskedInputRequest,
+    MaskedStep,
+    MomentsRequest,
+    OpenedSeeds,
+    OpenedStep,
+    OpenSeedsRequest,
+    OpenStepRequest,
     Refusal,
     Reply,
     Request,
+    SealedSeeds,
     SealedShares,
     ShareKeysRequest,
+    ShareSeedRequest,
+    StepRequest,
     TrainRequest,
     UnmaskRequest,
     UnmaskShares,
+    Work,
 )
 from common.privacy.accounting import Budget, Mechanism
 from common.secagg.keys import AdvertisedKeys
@@ -47,7 +60,7 @@ def assert_same(one: Request | Reply, other: Request | Reply) -> None:
         if isinstance(value, np.ndarray):
             assert getattr(other, name).dtype == value.dtype
             np.testing.assert_array_equal(getattr(other, name), value)
-        elif isinstance(value, TrainRequest):
+        elif isinstance(value, TrainRequest | MomentsRequest | JointRequest):
             assert_same(value, getattr(other, name))
         else:
             assert getattr(other, name) == value
@@ -60,7 +73,8 @@ def test_every_message_survives_the_wire(message: Request | Reply) -> None:
 
 
 VECTOR = np.arange(3, dtype=np.float32)
-TRAIN = TrainRequest("d", 1, VECTOR, VECTOR)
+TRAIN, MOMENTS = TrainRequest("d", 1, VECTOR, VECTOR), MomentsRequest("d", 1, VECTOR)
+JOINT = JointRequest("d", 2, 3, VECTOR)
 KEYS = AdvertisedKeys("north", b"share", b"mask", b"signature")
 OTHER_KEYS = AdvertisedKeys("south", b"share 2", b"mask 2", b"signature 2")
 NAMED = {"north": b"1", "south": b"2"}
@@ -69,8 +83,10 @@ EACH: dict[str, Request | Reply] = {
     "enrol_request": EnrolRequest("d", "run", b"signature"),
     "enrolment": Enrolment("north", "c", True, HISTORY, HISTORY[:1], Budget(8.0, 1e-5), 3, "1d", "aa"),
     "train_request": TRAIN,
+    "moments_request": MOMENTS,
+    "joint_request": JOINT,
     "local_update": LocalUpdate(1, VECTOR),
-    "advertise_keys_request": AdvertiseKeysRequest("d", 1),
+    "advertise_keys_request": AdvertiseKeysRequest("d", 1, 1),
     "advertised_keys": KEYS,
     "share_keys_request": ShareKeysRequest("d", 1, (KEYS, OTHER_KEYS)),
     "sealed_shares": SealedShares(1, NAMED, NAMED, NAMED, b"3"),
@@ -78,8 +94,17 @@ EACH: dict[str, Request | Reply] = {
     "masked_input": MaskedInput("d", 1, 1, 7, 21, np.arange(3, dtype=np.uint64)),
     "confirm_survivors_request": ConfirmSurvivorsRequest("d", 1, ("north", "south")),
     "confirmation": Confirmation(1, b"s"),
-    "unmask_request": UnmaskRequest("d", 1, NAMED),
+    "unmask_request": UnmaskRequest("d", 1, NAMED, 2),
     "unmask_shares": UnmaskShares(1, NAMED, {"west": b"4"}, KEYS),
+    "share_seed_request": ShareSeedRequest("d", 1, 2, 9, (KEYS, OTHER_KEYS)),
+    "sealed_seeds": SealedSeeds(1, NAMED, NAMED, b"3"),
+    "step_request": StepRequest(1, ("north", "south"), NAMED, JOINT),
+    "masked_step": MaskedStep("d", 1, 2, 3, 5, 32, NAMED, np.arange(3, dtype=np.uint64)),
+    "confirm_step_request": ConfirmStepRequest("d", 1, 3, ("north", "south")),
+    "open_step_request": OpenStepRequest("d", 1, 3, NAMED),
+    "opened_step": OpenedStep(1, 3, b"key", NAMED),
+    "open_seeds_request": OpenSeedsRequest("d", 1, 3, ("north", "south"), 2),
+    "opened_seeds": OpenedSeeds(1, 3, NAMED, KEYS),
     "refusal": Refusal("site"),
 }
 
@@ -95,23 +120,30 @@ def test_actions_name_the_handlers() -> None:
     assert {type(message): wire.action(message) for message in EACH.values() if isinstance(message, Request)} == {
         EnrolRequest: "query.enrol",
         TrainRequest: "train.local_round",
+        MomentsRequest: "train.moments",
+        JointRequest: "train.joint_step",
         AdvertiseKeysRequest: "query.advertise_keys",
         ShareKeysRequest: "query.share_keys",
         MaskedInputRequest: "train.masked_input",
         ConfirmSurvivorsRequest: "query.confirm_survivors",
         UnmaskRequest: "query.unmask",
+        ShareSeedRequest: "query.share_seed",
+        StepRequest: "train.begin_step",
+        ConfirmStepRequest: "query.confirm_step",
+        OpenStepRequest: "query.open_step",
+        OpenSeedsRequest: "query.open_seeds",
     }
 
 
 def test_a_refusal_carries_its_code_and_nothing_else() -> None:
     record = wire.pack(Refusal("site"))
-    assert dict(record.config_records["facts"]) == {"version": 3, "kind": "refusal", "code": "site"}
+    assert dict(record.config_records["facts"]) == {"version": 4, "kind": "refusal", "code": "site"}
     assert list(record.keys()) == ["facts"]
 
 
 def test_an_update_carries_exactly_its_fields() -> None:
     record = wire.pack(LocalUpdate(3, np.zeros(2, np.float32)))
-    assert dict(record.config_records["facts"]) == {"version": 3, "kind": "local_update", "round": 3}
+    assert dict(record.config_records["facts"]) == {"version": 4, "kind": "local_update", "round": 3}
     assert list(record.array_records["vectors"]) == ["update"]
 
 
@@ -119,7 +151,7 @@ def test_a_masked_update_carries_nothing_that_is_not_masked() -> None:
     """No history, no counts, no losses: the vector, and what the server asked for."""
     record = wire.pack(EACH["masked_input"])
     assert dict(record.config_records["facts"]) == {
-        "version": 3,
+        "version": 4,
         "kind": "masked_input",
         "study_digest": "d",
         "attempt": 1,
@@ -174,10 +206,10 @@ def huge() -> bytes:
 
 MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "no version": without("version"),
-    "the version before": facts(version=2),
-    "the version after": facts(version=4),
-    "a version of text": facts(version="3"),
-    "a fractional version": facts(version=3.0),
+    "the version before": facts(version=3),
+    "the version after": facts(version=5),
+    "a version of text": facts(version="4"),
+    "a fractional version": facts(version=4.0),
     "no kind": without("kind"),
     "an unknown kind": facts(kind="gradients"),
     "a kind that is no text": facts(kind=[1, 2]),
@@ -218,6 +250,46 @@ def test_what_no_honest_peer_sends_is_refused(mutation: str) -> None:
     with pytest.raises(BadPeer) as caught:
         wire.unpack(record)
     assert caught.value.code == "bad_peer"
+
+
+@pytest.mark.parametrize("work", [TRAIN, MOMENTS])
+def test_a_masked_input_is_asked_for_with_the_work_in_it(work: Work) -> None:
+    """One message: what is to be summed, and with whom it is masked."""
+    message = MaskedInputRequest(1, ("north", "south"), NAMED, work)
+    assert_same(wire.unpack(sent(wire.pack(message))), message)
+    assert message.study_digest == work.study_digest
+
+
+@pytest.mark.parametrize(
+    ("work", "change"),
+    [
+        (TRAIN, facts(work="moments_request")),  # with the vectors of the other
+        (MOMENTS, facts(work="train_request")),
+        (MOMENTS, facts(work="local_update")),
+        (MOMENTS, facts(work="")),
+        (MOMENTS, without("work")),
+    ],
+)
+def test_work_that_is_none_is_refused(work: Work, change: Callable[[RecordDict], None]) -> None:
+    refused(MaskedInputRequest(1, ("north", "south"), NAMED, work), change)
+
+
+def test_a_masked_step_carries_nothing_that_is_not_masked() -> None:
+    record = wire.pack(EACH["masked_step"])
+    facts_of, vectors = set(record.config_records["facts"]), list(record.array_records["vectors"])
+    asked = {"version", "kind", "study_digest", "attempt", "round", "step", "length", "modulus_bits"}
+    assert facts_of == asked | {"key_digests_names", "key_digests"} and vectors == ["words"]
+
+
+def test_requests_for_other_work_have_other_digests() -> None:
+    """What a sum answers is the round and the exact request: masks are bound to its digest."""
+    other = np.array([0, 1, 3], np.float32)
+    found = [
+        TRAIN, MOMENTS, replace(MOMENTS, round=2), replace(MOMENTS, study_digest="e"), replace(MOMENTS, features=other),
+        replace(TRAIN, round=2), replace(TRAIN, generator=other),
+    ]  # fmt: skip
+    assert len({work.digest for work in found}) == len(found)
+    assert MomentsRequest("d", 1, VECTOR.copy()).digest == MOMENTS.digest
 
 
 def refused(message: Request | Reply, *changes: Callable[[RecordDict], Any]) -> None:
@@ -309,7 +381,7 @@ def wrong(value: object) -> list[Any]:
 @pytest.mark.parametrize(("kind", "key"), ALL_FACTS)
 def test_facts_of_another_type_or_too_large_are_refused(kind: str, key: str) -> None:
     value = wire.pack(EACH[kind]).config_records["facts"][key]
-    lone = key in ("sharers", "survivors")  # a list of its own may be longer
+    lone = key in ("sharers", "survivors", "participants", "owners")  # a list of its own may be longer
     for each in wrong(value)[: 2 if lone else None]:
         refused(EACH[kind], facts(**{key: each}))
 
@@ -352,7 +424,8 @@ def test_keys_are_advertised_by_one_site_at_a_time(number: int) -> None:
     found = wire.pack(EACH["share_keys_request"]).config_records["facts"]
     refused(EACH["advertised_keys"], facts(**{column: found[column][:number] for column in columns}))
     if number:
-        refused(EACH["unmask_shares"], facts(**{column: found[column] for column in columns}))
+        for kind in ("unmask_shares", "opened_seeds"):
+            refused(EACH[kind], facts(**{column: found[column] for column in columns}))
 
 
 def test_as_many_bytes_as_a_key_may_have_pass() -> None:

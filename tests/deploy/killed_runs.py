@@ -76,14 +76,14 @@ def main() -> None:
 
 def _make(study: Path, hospitals: Path, run: Path) -> None:
     """Begin the run, or go on with it; never returns."""
-    draw = training._draw
+    draw = training.draw
 
     def traced(at: SiteStudy) -> RealBatch:
         with (run.parent / f"{run.name}-{at.site}.steps").open("ab", buffering=0) as file:
             file.write(b"x")
         return draw(at)
 
-    training._draw = traced
+    training.draw = traced
     if simulate.can_resume(run):
         arguments = ["simulate", "--resume", str(run)]
     else:

@@ -153,7 +153,7 @@ def mask(name, request):
 
 handled = []
 plan = SumPlan(Attempt(study.digest, 1), 1, 3, study.encoding, 2, roster.digest, roster.sites)
-keys = {name: ask(name, AdvertiseKeysRequest(study.digest, 1)) for name in names}
+keys = {name: ask(name, AdvertiseKeysRequest(study.digest, 1, 1)) for name in names}
 for name in names:
     check_keys(keys[name], name, plan)
 total = SecureSum(plan, keys)

@@ -62,7 +62,7 @@ def check_completed(run: Path, before: dict[str, int]) -> RunRecord:
     for site in facts.sites:
         assert before.get(site.name, 0) <= after[site.name] <= ROUNDS * STEPS
         assert accounting.num_steps(record.history(site)) == after[site.name]
-        mechanism = Mechanism(0.25, facts.noise_multiplier or 0.0, after[site.name])
+        mechanism = Mechanism(0.25, facts.phases[0].noise_multiplier or 0.0, after[site.name])
         assert site.epsilon == accounting.epsilon((mechanism,), 1e-5) <= 8.0
         assert site.rounds == list(range(1, facts.rounds_completed + 1))
     if facts.rounds_completed < ROUNDS:  # steps of a round that was cut were paid for and lost

@@ -94,7 +94,7 @@ def left(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
             codes.extend(str(fact["code"]) for fact in facts if fact["kind"] == "refusal")
             return pulled
 
-    draw, failed = training._draw, []
+    draw, failed = training.draw, []
 
     def failing_once(at: SiteStudy) -> RealBatch:
         if at.site == "north" and not failed:
@@ -117,7 +117,7 @@ def left(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(deploy.simulate, "LocalGrid", Listening)
-            patch.setattr(training, "_draw", failing_once)
+            patch.setattr(training, "draw", failing_once)
             study = tiny_study(folder / "study.toml", federation__rounds=3)
             sites = ("--site", f"north={north}", "--site", f"south={hospitals['south']}")
             result = synthward("simulate", study, *sites, "--out", folder / "run")

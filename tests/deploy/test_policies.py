@@ -1,5 +1,6 @@
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_init_writes_a_policy_that_allows_no_study_and_an_empty_ledger(
     assert policy.data == (DataPolicy(folder=scans, epsilon=8.0, delta=1e-5, public=False),)
     assert (policy.minimum_cohort, policy.roster_digest) == (3, "")
     assert (policy.study_digests, policy.study_signers) == ((), ())
-    assert (policy.algorithms, policy.outputs) == (("local",), ("masked_updates",))
+    assert (policy.algorithms, policy.outputs) == (("local", "joint", "moments"), ("masked_updates",))
     assert stat.S_IMODE((site / "policy.toml").stat().st_mode) == 0o600
     assert Ledger(site, b"").lines() == ()
     out = capsys.readouterr().out
@@ -199,9 +200,10 @@ def test_steps_that_the_study_has_charged_are_not_counted_twice(
     read = StudyConfig.from_toml(study)
     plan = make_plan(read)
     assert plan is not None
-    spend(ready, read.digest, Mechanism(0.25, plan.mechanism.noise_multiplier, 3))
+    (planned,) = plan.history
+    spend(ready, read.digest, replace(planned, steps=3))
     assert rules_of(ready, study, capsys) == []
-    spend(ready, "0a" * 32, Mechanism(0.25, plan.mechanism.noise_multiplier, 3))
+    spend(ready, "0a" * 32, replace(planned, steps=3))
     assert rules_of(ready, study, capsys) == ["budget"]
 
 

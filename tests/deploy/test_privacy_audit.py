@@ -39,7 +39,7 @@ def test_the_bound_stands_beside_the_claim_of_the_studys_own_plan(
     assert plan is not None
     assert (tree["study"], tree["digest"]) == ("own", study.digest)
     assert (tree["verdict"], tree["refuted"]) == ("not refuted", [])
-    assert tree["claimed"]["inverse_noise_multiplier"] == 1 / plan.mechanism.noise_multiplier
+    assert tree["claimed"]["inverse_noise_multiplier"] == 1 / plan.phases[0].mechanism.noise_multiplier
     assert tree["claimed"]["sampling_probability"] == 1
     assert tree["claimed"].keys() == tree["at_least"].keys()
     for name, claimed in tree["claimed"].items():

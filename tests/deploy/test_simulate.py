@@ -56,7 +56,7 @@ def test_every_part_of_a_run_is_there(run: Run) -> None:
 def test_the_record_holds_what_was_promised(run: Run) -> None:
     facts = RunRecord.load(run.folder)
     study = StudyConfig.from_toml(run.folder / "study.toml")
-    assert (facts.schema_version, facts.status, facts.error, facts.rounds_completed) == (1, "completed", "", 2)
+    assert (facts.schema_version, facts.status, facts.error, facts.rounds_completed) == (2, "completed", "", 2)
     assert StudyConfig.model_validate(facts.study) == study
     assert facts.study_digest == study.digest
     assert facts.private
@@ -87,7 +87,7 @@ def test_epsilon_is_that_of_the_mechanisms_and_within_the_study(run: Run) -> Non
         assert (site.delta, site.accountant) == (1e-5, "prv")
         lines = open_ledger(run.folder / "sites" / site.name).lines()
         assert {(line.sampling_probability, line.noise_multiplier) for line in lines} == {
-            (0.25, facts.noise_multiplier)
+            (0.25, facts.phases[0].noise_multiplier)
         }
         assert [(line.round, line.steps, line.run) for line in lines] == [(1, 3, facts.run), (2, 3, facts.run)]
         assert site.budget is not None
@@ -223,7 +223,7 @@ def test_without_privacy_everything_says_so(hospitals: dict[str, Path], tmp_path
     assert synthward("simulate", study, *sites, "--out", tmp_path / "run").status == 0
     facts = RunRecord.load(tmp_path / "run")
     assert not facts.private
-    assert facts.noise_multiplier is None
+    assert [(phase.noise_multiplier, phase.sampling_probability) for phase in facts.phases] == [(None, None)]
     assert facts.notice.startswith("NOT PRIVATE")
     assert [(site.epsilon, site.delta, site.mechanisms) for site in facts.sites] == [(None, None, [])] * 2
     assert "NOT PRIVATE" in (tmp_path / "run" / "report.html").read_text()

@@ -20,17 +20,13 @@ WAITED_SECONDS = 0.25
 
 
 def two_sites(**federation: object) -> StudyConfig:
-    """A study of north (25 patients) and south (75), two rounds of three steps."""
+    """A study of north (25 patients) and south (75), two rounds of three steps, or the phases that are given."""
     study = StudyConfig(name="pilot").with_changes("image", size=28)
     study = study.with_changes("gan", latent_size=4, generator_width=4, discriminator_width=4)
     study = study.with_changes("privacy", epsilon=8.0, sampling_probability=1.0)
-    settings = {
-        "aggregation": "plain",
-        "rounds": 2,
-        "local_steps": 3,
-        "minimum_sites": 1,
-        "contracted_patients": {"north": 25, "south": 75},
-    }
+    short = {} if "phase" in federation else {"rounds": 2, "local_steps": 3}
+    contract = {"north": 25, "south": 75}
+    settings = {"aggregation": "plain", "minimum_sites": 1, "contracted_patients": contract, **short}
     return study.with_changes("federation", **{**settings, **federation})
 
 
@@ -41,9 +37,14 @@ def honest(study: StudyConfig, site: str, request: TrainRequest) -> LocalUpdate:
 
 
 def planned(study: StudyConfig, steps: int) -> History:
-    """The history of a site that has charged so many of the planned steps."""
+    """The history of a site that has charged so many of the planned steps, phase after phase; more of the last one."""
     plan = make_plan(study)
-    return (replace(plan.mechanism, steps=steps),) if plan is not None and steps > 0 else ()
+    history: History = ()
+    *earlier, last = plan.history if plan is not None else (None,)
+    for mechanism in filter(None, earlier):
+        history += (replace(mechanism, steps=min(steps, mechanism.steps)),) if steps > 0 else ()
+        steps -= mechanism.steps
+    return (*history, replace(last, steps=steps)) if last is not None and steps > 0 else history
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Scripted:
     def trained(self, name: str, request: TrainRequest) -> LocalUpdate:
         """What an honest site does when it is asked to train."""
         if self.last.get(name) != request.round:
-            spent = self.spent.get(name, 0) + self.study.federation.local_steps
-            self.spent[name] = min(spent, self.study.total_steps)
+            phase = self.study.phase_number(request.round)
+            until_then = sum(each.rounds * each.steps for each in self.study.phases[: phase + 1])
+            self.spent[name] = min(self.spent.get(name, 0) + self.study.phases[phase].steps, until_then)
             self.last[name] = request.round
         return honest(self.study, name, request)

@@ -23,7 +23,7 @@ def total(study: StudyConfig, *sites: str) -> AggregateUpdate:
 
 
 def test_equal_weights_by_hand() -> None:
-    study = two_sites()
+    study = two_sites(rounds=5)
     after = aggregate(study, state(), total(study, "north", "south"))
     np.testing.assert_allclose(after.generator, [1 + (1 + 3) / 2, 2 + (0 + 8) / 2])
     np.testing.assert_allclose(after.discriminator, [10 + 4 / 2])
@@ -32,7 +32,7 @@ def test_equal_weights_by_hand() -> None:
 
 
 def test_contracted_weights_by_hand() -> None:
-    study = two_sites(weights="contracted")  # 25 and 75 patients
+    study = two_sites(rounds=5, weights="contracted")  # 25 and 75 patients
     after = aggregate(study, state(), total(study, "north", "south"))
     np.testing.assert_allclose(after.generator, [1 + 0.25 * 1 + 0.75 * 3, 2 + 0.75 * 8], rtol=1e-6)
     np.testing.assert_allclose(after.discriminator, [10 + 0.25 * 4])
@@ -41,7 +41,7 @@ def test_contracted_weights_by_hand() -> None:
 @pytest.mark.parametrize("weights", ["equal", "contracted"])
 @pytest.mark.parametrize("site", ["north", "south"])
 def test_the_weights_of_those_who_answered_add_up_to_one(weights: str, site: str) -> None:
-    study = two_sites(weights=weights)
+    study = two_sites(rounds=5, weights=weights)
     after = aggregate(study, state(), total(study, site))
     np.testing.assert_allclose(after.generator, [1, 2] + UPDATES[site][:2], rtol=1e-6)
     np.testing.assert_allclose(after.discriminator, [10 + UPDATES[site][2]], rtol=1e-6)
@@ -49,13 +49,13 @@ def test_the_weights_of_those_who_answered_add_up_to_one(weights: str, site: str
 
 def test_the_average_moves_by_the_generator_steps_of_a_round() -> None:
     # 3 local steps, a generator step after each: decay 0.5^3 = 1/8 of the old average stays.
-    study = two_sites().with_changes("gan", ema_decay=0.5, discriminator_steps_per_generator_step=1)
+    study = two_sites(rounds=5).with_changes("gan", ema_decay=0.5, discriminator_steps_per_generator_step=1)
     before = GanState(0, vector(0, 0), vector(0), vector(8, 16))
     after = aggregate(study, before, total(study, "north", "south"))
     np.testing.assert_allclose(after.generator_average, [8 / 8 + 2 * 7 / 8, 16 / 8 + 4 * 7 / 8])
 
 
 def test_the_old_state_is_left_as_it_was() -> None:
-    before, study = state(), two_sites()
+    before, study = state(), two_sites(rounds=5)
     aggregate(study, before, total(study, "north", "south"))
     np.testing.assert_array_equal(before.generator, [1, 2])

@@ -1,12 +1,14 @@
 """What the server's record charges a site, answer by answer, and which histories it believes."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.config import StudyConfig
 from common.messages import Enrolment
 from common.privacy import accounting
 from common.privacy.accounting import Budget, History, Mechanism
-from common.privacy.plan import PrivacyPlan, make_plan
+from common.privacy.plan import PhasePlan, PrivacyPlan, make_plan
 from server import charging, record
 from server.record import RunRecord, SiteRecord
 from server.round import RoundOutcome
@@ -16,6 +18,7 @@ from tests.server.scripted import two_sites
 STUDY = two_sites(rounds=3)  # three steps a round, nine in all
 OFF = STUDY.with_changes("privacy", enabled=False)
 NAMES = ("north", "south", "west")
+NEXT = 2  # the round that is charged
 
 
 def planned() -> PrivacyPlan:
@@ -26,7 +29,7 @@ def planned() -> PrivacyPlan:
 
 def spent(steps: int, *, noise: float = 1.0, probability: float = 1.0) -> History:
     """Steps of the plan's mechanism, its noise multiplied by ``noise``."""
-    mechanism = planned().mechanism
+    (mechanism,) = planned().history
     q, multiplier = mechanism.sampling_probability * probability, mechanism.noise_multiplier * noise
     return (Mechanism(q, multiplier, steps),)
 
@@ -49,8 +52,8 @@ def refusal(code: str, *, answered: bool = False) -> RoundOutcome:
 
 def one_round(outcome: RoundOutcome, rounds: int = 1) -> SiteRecord:
     run, site = north(rounds)
-    before = charging.charge_ahead(STUDY, planned(), run, ["north"])
-    charging.settle(planned(), run, outcome, before)
+    before = charging.charge_ahead(STUDY, planned(), run, NEXT, ["north"])
+    charging.settle(STUDY, planned(), run, NEXT, outcome, before)
     return site
 
 
@@ -63,14 +66,14 @@ def steps(site: SiteRecord) -> int:
 
 def test_a_round_is_charged_before_anyone_is_asked() -> None:
     run, site = north()
-    assert charging.charge_ahead(STUDY, planned(), run, ["north"]) == {"north": spent(3)}
+    assert charging.charge_ahead(STUDY, planned(), run, NEXT, ["north"]) == {"north": spent(3)}
     assert steps(site) == 3 + 3
     assert site.epsilon == accounting.rdp_epsilon(spent(6), 1e-5)
 
 
 def test_only_those_who_are_asked_are_charged() -> None:
     run = make_run(("north", "south"), rounds=0)
-    charging.charge_ahead(STUDY, planned(), run, ["south"])
+    charging.charge_ahead(STUDY, planned(), run, NEXT, ["south"])
     assert [steps(site) for site in run.sites] == [0, 3]
 
 
@@ -106,7 +109,7 @@ def test_whoever_answered_has_trained_whatever_it_refuses_later(code: str) -> No
 def test_a_site_that_was_not_asked_to_train_is_charged_nothing(code: str) -> None:
     """As in a secure sum: the site fell out while keys were shared."""
     run, site = north()
-    charging.settle(planned(), run, refusal(code), {})
+    charging.settle(STUDY, planned(), run, NEXT, refusal(code), {})
     assert (steps(site), site.refusals) == (3, {code: 1})
 
 
@@ -119,8 +122,8 @@ def test_a_round_that_is_tried_again_is_charged_again() -> None:
     """A site never masks one update twice: it trains anew for the second attempt."""
     run, site = north()
     for expected in (6, 9):
-        before = charging.charge_ahead(STUDY, planned(), run, ["north"])
-        charging.settle(planned(), run, ANSWERED, before)
+        before = charging.charge_ahead(STUDY, planned(), run, NEXT, ["north"])
+        charging.settle(STUDY, planned(), run, NEXT, ANSWERED, before)
         assert steps(site) == expected
 
 
@@ -130,8 +133,8 @@ def test_the_plan_bounds_what_is_charged_unseen() -> None:
 
 def test_without_privacy_nothing_is_charged() -> None:
     run = make_run(("north",), private=False)
-    before = charging.charge_ahead(OFF, None, run, ["north"])
-    charging.settle(None, run, refusal("budget_exhausted"), before)
+    before = charging.charge_ahead(OFF, None, run, NEXT, ["north"])
+    charging.settle(OFF, None, run, NEXT, refusal("budget_exhausted"), before)
     assert (run.site("north").mechanisms, run.site("north").epsilon) == ([], None)
 
 
@@ -206,9 +209,11 @@ def test_the_rounds_of_a_resumed_run_bind() -> None:
     assert not believed(STUDY, spent(5), rounds=2)
 
 
-def test_the_last_round_has_what_the_plan_has_left() -> None:
-    assert believed(STUDY, spent(9), rounds=4)  # four answers, nine steps: the plan has no more
-    assert not believed(STUDY, spent(8), rounds=4)
+def test_more_answers_than_the_plan_has_rounds_are_covered_by_the_whole_plan() -> None:
+    _, site = north(rounds=3)
+    site.rounds.append(3)  # four answers, nine steps: the plan has no more
+    assert charging.is_possible(STUDY, planned(), site, spent(9))
+    assert not charging.is_possible(STUDY, planned(), site, spent(8))
 
 
 def test_steps_charged_unseen_may_turn_out_not_to_be_spent() -> None:
@@ -220,3 +225,107 @@ def test_steps_charged_unseen_may_turn_out_not_to_be_spent() -> None:
 def test_without_privacy_there_is_no_history() -> None:
     assert believed(OFF, ())
     assert not believed(OFF, spent(6))
+
+
+# ---------------------------------------------------------------- phases
+
+PHASES = [
+    {"algorithm": "local", "share": 0.5, "rounds": 2, "steps": 3},
+    {"algorithm": "moments", "share": 0.25, "rounds": 1},
+    {"algorithm": "local", "share": 0.25, "rounds": 2, "steps": 4},
+]
+LONG = two_sites(phase=PHASES, minimum_sites=2)
+"""Rounds 1 and 2 of three steps, 3 of one release, 4 and 5 of four steps; each phase has noise of its own."""
+FIRST, MOMENTS, LAST = make_plan(LONG).phases  # type: ignore[union-attr]
+
+
+def of(phase: PhasePlan, steps: int) -> Mechanism:
+    return replace(phase.mechanism, steps=steps)
+
+
+def long_run(*history: Mechanism, rounds: int = 0) -> tuple[RunRecord, SiteRecord]:
+    """A run of the long study whose site north is charged a history and has answered the first rounds."""
+    run = make_run(("north",), rounds=rounds)
+    site = run.site("north")
+    site.mechanisms = record.mechanisms(history)
+    return run, site
+
+
+@pytest.mark.parametrize(
+    ("number", "charged"),
+    [
+        (1, (of(FIRST, 3),)),
+        (2, (of(FIRST, 3),)),
+        (3, (of(MOMENTS, 1),)),
+        (4, (of(LAST, 4),)),
+        (5, (of(LAST, 4),)),
+    ],
+)
+def test_a_round_is_charged_with_the_noise_and_the_steps_of_its_phase(number: int, charged: History) -> None:
+    run, site = long_run()
+    assert charging.charge_ahead(LONG, make_plan(LONG), run, number, ["north"]) == {"north": ()}
+    assert record.history(site) == charged
+
+
+def test_every_round_of_every_phase_is_the_plan() -> None:
+    run, site = long_run()
+    for number in range(1, 6):
+        charging.charge_ahead(LONG, make_plan(LONG), run, number, ["north"])
+    assert record.history(site) == (FIRST.mechanism, MOMENTS.mechanism, LAST.mechanism)
+    for number in range(1, 6):  # whatever is asked again after that: the plan has no more
+        charging.charge_ahead(LONG, make_plan(LONG), run, number, ["north"])
+    assert record.history(site) == (FIRST.mechanism, MOMENTS.mechanism, LAST.mechanism)
+
+
+@pytest.mark.parametrize(
+    ("code", "charged"),
+    [
+        ("over_budget", (of(FIRST, 3),)),
+        ("no_answer", (of(FIRST, 3), of(LAST, 4))),
+        ("budget_exhausted", (of(FIRST, 3), LAST.mechanism)),  # all of this phase and nothing of the others
+    ],
+)
+def test_a_refusal_is_about_the_phase_of_its_round(code: str, charged: History) -> None:
+    run, site = long_run(of(FIRST, 3), rounds=1)
+    before = charging.charge_ahead(LONG, make_plan(LONG), run, 4, ["north"])
+    charging.settle(LONG, make_plan(LONG), run, 4, refusal(code), before)
+    assert record.history(site) == charged
+
+
+LONG_HISTORIES = {
+    "its one round": (1, (of(FIRST, 3),), True),
+    "a later phase after one that was lost": (1, (of(FIRST, 6), of(LAST, 4)), True),
+    "the phases in another order": (1, (of(LAST, 4), of(FIRST, 3)), True),
+    "the whole plan": (5, (FIRST.mechanism, MOMENTS.mechanism, LAST.mechanism), True),
+    "without the round of a phase": (3, (of(FIRST, 6),), False),
+    "steps of the last phase instead of the first's": (2, (of(FIRST, 3), of(LAST, 8)), False),
+    "more of one phase, less of another": (1, (of(FIRST, 9),), False),
+    "two releases of one planned": (3, (of(FIRST, 6), of(MOMENTS, 2)), False),
+    "another noise": (0, (replace(LAST.mechanism, noise_multiplier=9.0),), False),
+}
+
+
+@pytest.mark.parametrize("case", LONG_HISTORIES)
+def test_a_history_over_phases_is_believed_phase_by_phase(case: str) -> None:
+    rounds, history, expected = LONG_HISTORIES[case]
+    _, site = long_run(rounds=rounds)
+    assert charging.is_possible(LONG, make_plan(LONG), site, history) is expected
+
+
+def test_phases_with_the_same_noise_are_told_apart_by_nobody_and_counted_together() -> None:
+    """Local, moments, local, the two alike: a site that answered rounds 1 and 3 has charged the steps of both."""
+    alike = {"algorithm": "local", "share": 0.25, "steps": 3}
+    study = two_sites(phase=[alike, {"algorithm": "moments", "share": 0.5}, alike])
+    plan = make_plan(study)
+    assert plan is not None
+    first, release, last = plan.phases
+    assert first == last
+    run, site = long_run()
+    for number in (1, 2, 3):
+        charging.charge_ahead(study, plan, run, number, ["north"])
+    assert record.history(site) == (of(first, 3), release.mechanism, of(first, 3))
+    site.rounds = [1, 2, 3]
+    assert charging.is_possible(study, plan, site, (of(first, 6), release.mechanism))
+    assert charging.is_possible(study, plan, site, (of(first, 3), release.mechanism, of(first, 3)))
+    assert not charging.is_possible(study, plan, site, (of(first, 5), release.mechanism))
+    assert not charging.is_possible(study, plan, site, (of(first, 7), release.mechanism))

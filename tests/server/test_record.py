@@ -19,11 +19,11 @@ def test_a_record_round_trips(tmp_path: Path) -> None:
     assert RunRecord.load(tmp_path) == run
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"schema_version": 2}', b"\xff"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"schema_version": 1}', b"\xff"])
 def test_what_is_no_record_is_named(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ConfigError, match="schema version 1"):
+    with pytest.raises(ConfigError, match="schema version 2"):
         RunRecord.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A plain round: who is asked for what, and which answers are added up."""
+"""A plain sum, and a round of local training on it: who is asked for what, and which answers are added up."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ import pytest
 from common.config import StudyConfig
 from common.messages import Enrolment, LocalUpdate, Refusal, Reply, TrainRequest
 from server.aggregation import GanState
-from server.round import PlainRounds, RoundOutcome
+from server.local_round import local_round
+from server.round import Charge, PlainSums, RoundOutcome, SumOutcome, WantedSum
 from tests.server.scripted import TRAINED, Scripted, honest, two_sites
 
 STUDY = two_sites()
@@ -16,8 +17,14 @@ STATE = GanState(1, np.zeros(5, np.float32), np.zeros(3, np.float32), np.zeros(5
 SITES = {2: "north", 3: "south"}
 
 
-def one_round(channel: Scripted, study: StudyConfig = STUDY) -> RoundOutcome:
-    return PlainRounds(study, channel, SITES).run(STATE, lambda names: None)
+def one_round(channel: Scripted, study: StudyConfig = STUDY, charge: Charge = lambda names: None) -> RoundOutcome:
+    return local_round(study, PlainSums(study, channel, SITES), STATE, charge)
+
+
+def summed(channel: Scripted, study: StudyConfig = STUDY) -> SumOutcome:
+    """The sum of what the sites answer to a request for round 2: 8 coordinates."""
+    request = TrainRequest(study.digest, 2, STATE.generator, STATE.discriminator)
+    return PlainSums(study, channel, SITES).sum(WantedSum(request, 8, study.encoding), lambda names: None)
 
 
 def test_every_site_is_asked_for_the_next_round_from_this_state() -> None:
@@ -36,17 +43,25 @@ def test_every_site_is_asked_for_the_next_round_from_this_state() -> None:
 
 def test_the_sum_is_that_of_the_vectors_as_the_sites_sent_them() -> None:
     study = two_sites(weights="contracted")  # north sends its update times 1/3
+    outcome = summed(Scripted(study), study)
+    assert outcome.total is not None
+    assert outcome.answered == ("north", "south")
+    assert outcome.total.dtype == np.float32
+    np.testing.assert_allclose(outcome.total, np.full(8, TRAINED * (1 / 3 + 1)), rtol=1e-6)
+
+
+def test_the_state_after_it_is_moved_by_the_weighted_mean_of_who_answered() -> None:
+    study = two_sites(weights="contracted")
     outcome = one_round(Scripted(study), study)
-    assert outcome.update is not None
-    assert outcome.update.sites == ("north", "south")
-    assert outcome.update.total.dtype == np.float32
-    np.testing.assert_allclose(outcome.update.total, np.full(8, TRAINED * (1 / 3 + 1)), rtol=1e-6)
+    assert outcome.state is not None and outcome.state.round == STATE.round + 1
+    np.testing.assert_allclose(outcome.state.generator, np.full(5, TRAINED), rtol=1e-6)
+    np.testing.assert_allclose(outcome.state.discriminator, np.full(3, TRAINED), rtol=1e-6)
 
 
 def test_the_flow_hears_who_will_train_before_anybody_is_asked() -> None:
     heard: list[object] = []
     channel = Scripted(STUDY, before=heard.append)
-    PlainRounds(STUDY, channel, SITES).run(STATE, heard.append)
+    one_round(channel, charge=heard.append)
     assert heard == [("north", "south"), "2"]
 
 
@@ -72,17 +87,17 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_reply_that_does_not_fit_is_left_out(case: str) -> None:
     reply, code = WRONG[case]
-    outcome = one_round(Scripted(STUDY, train={3: reply}))
+    outcome = summed(Scripted(STUDY, train={3: reply}))
     assert outcome.answered == ("north",)
     assert outcome.refusals == {"south": code}
-    assert outcome.update is not None and outcome.update.sites == ("north",)
-    np.testing.assert_allclose(outcome.update.total, np.full(8, TRAINED))
+    assert outcome.total is not None
+    np.testing.assert_allclose(outcome.total, np.full(8, TRAINED))
 
 
 def test_too_few_updates_are_no_sum_and_say_how_many_came() -> None:
     study = two_sites(minimum_sites=2)
     outcome = one_round(Scripted(study, train={3: lambda r: Refusal("site")}), study)
-    assert outcome.update is None
+    assert outcome.state is None
     assert outcome.failure == "Round 2 needs updates of at least 2 sites, got 1."
     # North's update came, so it is not forgotten.
     assert (outcome.answered, outcome.refusals) == (("north",), {"south": "site"})

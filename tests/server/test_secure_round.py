@@ -491,9 +491,9 @@ def test_a_round_is_trained_from_the_shared_state(tmp_path: Path) -> None:
     (asked,) = network.asked("masked_input")
     for request in asked.values():
         assert isinstance(request, MaskedInputRequest)
-        vectors: list[Vector] = [request.train.generator, request.train.discriminator]
+        vectors: list[Vector] = [request.work.generator, request.work.discriminator]
         assert [vector.tolist() for vector in vectors] == [state.generator.tolist(), state.discriminator.tolist()]
-        assert (request.train.round, request.train.study_digest) == (5, network.study.digest)
+        assert (request.work.round, request.work.study_digest) == (5, network.study.digest)
 
 
 def test_when_too_few_would_be_left_those_that_failed_in_training_are_asked_again(tmp_path: Path) -> None:

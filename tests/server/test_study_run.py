@@ -12,6 +12,7 @@ from common.errors import ConfigError, TooFewSurvivors
 from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, TrainRequest
 from common.privacy import accounting
 from common.privacy.accounting import Budget, Mechanism
+from common.privacy.plan import make_plan, same_kind
 from server import checkpoints, record
 from server.aggregation import GanState
 from server.record import RunRecord
@@ -506,3 +507,126 @@ def test_every_file_of_a_run_says_whether_it_is_private(private: bool, tmp_path:
         checkpoint = torch.load(tmp_path / "checkpoints" / f"round-{number:04d}.pt", weights_only=True)
         assert checkpoint["notice"] == facts.notice
     assert [line["private"] for line in record.read_metrics(tmp_path)] == [private]
+
+
+# ---------------------------------------------------------------- phases
+
+
+def two_phases(**federation: object) -> StudyConfig:
+    """Two rounds of three steps, then two rounds of four with noise of their own: six steps and eight."""
+    table = [
+        {"algorithm": "local", "share": 0.4, "rounds": 2, "steps": 3},
+        {"algorithm": "local", "share": 0.6, "rounds": 2, "steps": 4},
+    ]
+    return two_sites(phase=table, **federation)
+
+
+def by_phase(facts: RunRecord, site: str) -> list[int]:
+    """Steps that a site is charged, of each phase of the plan."""
+    plan = make_plan(StudyConfig.model_validate(facts.study))
+    assert plan is not None
+    mechanisms = [phase.mechanism for phase in plan.phases]
+    history = record.history(facts.site(site))
+    assert plan.covers(history)
+    return [accounting.num_steps(m for m in history if same_kind(m, planned)) for planned in mechanisms]
+
+
+def test_a_study_runs_through_its_phases(tmp_path: Path) -> None:
+    study = two_phases()
+    sites = Scripted(study)
+    facts = run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "2", "3", "4"]
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "", 4)
+    assert by_phase(facts, "north") == by_phase(facts, "south") == [6, 8]
+    assert [(line["round"], line["algorithm"]) for line in record.read_metrics(tmp_path)] == [
+        (1, "local"), (2, "local"), (3, "local"), (4, "local")
+    ]  # fmt: skip
+    plan = make_plan(study)
+    assert plan is not None
+    assert facts.site("north").epsilon == plan.epsilon <= 8.0
+    for told, phase, planned_phase in zip(facts.phases, study.phases, plan.phases, strict=True):
+        assert (told.algorithm, told.share, told.rounds, told.steps) == tuple(phase.model_dump().values())
+        mechanism = Mechanism(told.sampling_probability or 0, told.noise_multiplier or 0, told.rounds * told.steps)
+        assert (mechanism, told.clip_norm) == (planned_phase.mechanism, planned_phase.clip_norm)
+
+
+def test_without_privacy_phases_have_no_noise(tmp_path: Path) -> None:
+    facts = run(off := two_phases().with_changes("privacy", enabled=False), Scripted(off), tmp_path)
+    assert [(phase.noise_multiplier, phase.sampling_probability, phase.clip_norm) for phase in facts.phases] == [
+        (None, None, None)
+    ] * 2
+
+
+def test_a_phase_that_is_spent_does_not_stop_the_next(tmp_path: Path) -> None:
+    """Round 1 was paid for and lost before: what the first phase has left does not reach to its last round."""
+    study = two_phases(minimum_sites=2)
+    sites = Scripted(study)
+
+    def train(request: TrainRequest) -> Reply:
+        return Refusal("budget_exhausted") if request.round == 2 else sites.trained("south", request)
+
+    sites.train = {3: train}
+    facts = run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "2", "3", "4"]  # a second attempt at round 2 would change nothing
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "budget_exhausted", 4)
+    assert [site.rounds for site in facts.sites] == [[1, 3, 4], [1, 3, 4]]
+    assert by_phase(facts, "south") == [6, 8]
+    made = sorted(path.stem for path in (tmp_path / "checkpoints").iterdir())
+    assert made == ["round-0000", "round-0001", "round-0003", "round-0004"]
+    first, last = (checkpoints.load(tmp_path / "checkpoints" / f"round-000{n}.pt") for n in (0, 4))
+    np.testing.assert_allclose(last.generator, first.generator + 3 * TRAINED, rtol=1e-5)  # three rounds were summed
+
+
+def test_a_last_phase_that_is_spent_ends_the_run_with_what_it_has(tmp_path: Path) -> None:
+    study = two_phases(minimum_sites=2)
+    sites = Scripted(study)
+
+    def train(request: TrainRequest) -> Reply:
+        return Refusal("over_budget") if request.round > 2 else sites.trained("south", request)
+
+    sites.train = {3: train}
+    facts = run(study, sites, tmp_path)
+    assert sites.asked == ["enrol", "1", "2", "3"]
+    assert (facts.status, facts.error, facts.rounds_completed) == ("completed", "budget_exhausted", 2)
+    assert by_phase(facts, "south") == [6, 0]
+
+
+@pytest.mark.parametrize(("stopped", "rounds"), [("2", 1), ("3", 2), ("4", 3)])
+def test_a_run_goes_on_in_the_phase_where_it_stopped(stopped: str, rounds: int, tmp_path: Path) -> None:
+    study = two_phases()
+    sites = Scripted(study)
+    assert stop_in(sites, tmp_path, stopped, KeyboardInterrupt).rounds_completed == rounds
+    sites.asked.clear()
+    facts = run(study, sites, tmp_path, resume=True)
+    assert sites.asked == ["enrol", *("1", "2", "3", "4")[rounds:]]
+    assert (facts.status, facts.rounds_completed, by_phase(facts, "north")) == ("completed", 4, [6, 8])
+
+
+def test_a_run_that_stopped_after_a_spent_phase_does_not_go_back_to_it(tmp_path: Path) -> None:
+    study = two_phases(minimum_sites=2)
+    sites = Scripted(study)
+    sites.train = {3: lambda r: Refusal("budget_exhausted") if r.round <= 2 else sites.trained("south", r)}
+    stop_in(sites, tmp_path, "4", KeyboardInterrupt)
+    sites.asked.clear()
+    sites.spent |= {"north": 6 + 4, "south": 6 + 4}  # what they lost in the first phase is in their own ledgers
+    facts = run(study, sites, tmp_path, resume=True)
+    assert sites.asked == ["enrol", "4"]
+    assert (facts.status, facts.rounds_completed) == ("completed", 4)
+    assert by_phase(facts, "south") == [6, 8]
+
+
+def test_a_site_comes_back_with_what_it_charged_in_both_phases_and_with_nothing_else(tmp_path: Path) -> None:
+    study = two_phases()
+    sites = Scripted(study)
+    stop_in(sites, tmp_path, "4", KeyboardInterrupt)  # rounds 1 to 3 are done: six steps and four
+    for said, expected in (
+        (planned(study, 6 + 4), {}),
+        (planned(study, 6 + 3), {"south": "enrolment_changed"}),  # less than it answered in the second phase
+        (planned(study, 6 + 8)[1:], {"south": "enrolment_changed"}),  # nothing of the first
+        ((Mechanism(1.0, 0.5, 6), *planned(study, 6 + 8)[1:]), {"south": "enrolment_changed"}),
+    ):
+        back = Enrolment("south", "ab" * 32, False, said, budget=BUDGET)
+        with pytest.raises(KeyboardInterrupt):
+            again = replace(sites, enrol={3: back}, before=stop("4", KeyboardInterrupt))
+            run_study(study, again, tmp_path, "cpu", resume=True)
+        assert RunRecord.load(tmp_path).refused_sites == expected

@@ -12,7 +12,7 @@ from common.config import StudyConfig
 from common.gan.training import GanTrainer, RealBatch
 from common.privacy.accounting import Mechanism
 from common.privacy.gradient import PatientOptimizer
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -38,8 +38,8 @@ def small_study(**tables: dict[str, Any]) -> StudyConfig:
     return StudyConfig.model_validate(tree)
 
 
-def small_plan(clip_norm: float = CLIP_NORM, noise_multiplier: float = 1.0) -> PrivacyPlan:
-    return PrivacyPlan(Mechanism(0.5, noise_multiplier, 10), clip_norm, delta=1e-5, epsilon=1.0)
+def small_plan(clip_norm: float = CLIP_NORM, noise_multiplier: float = 1.0) -> PhasePlan:
+    return PhasePlan(Mechanism(0.5, noise_multiplier, 10), clip_norm)
 
 
 class Reader(torch.optim.SGD):

@@ -18,6 +18,7 @@ from common.privacy.accounting import (
     Mechanism,
     append,
     calibrate,
+    calibrate_together,
     epsilon,
     fits,
     num_steps,
@@ -334,6 +335,24 @@ def test_calibration_hits_its_target_from_below(epsilon_target: float, delta: fl
 def test_an_impossible_target_is_refused(epsilon_target: float, steps: int) -> None:
     with pytest.raises(ValueError, match="no noise_multiplier"):
         calibrate(epsilon_target=epsilon_target, delta=1e-5, sampling_probability=0.25, steps=steps)
+
+
+def test_several_stretches_together_by_hand() -> None:
+    # One step each of the same share: two steps of one mechanism, so the noise of two steps.
+    shapes = ((1.0, 1, 0.5), (1.0, 1, 0.5))
+    together = calibrate_together(epsilon_target=2.0, delta=1e-5, shapes=shapes)
+    both = calibrate(epsilon_target=2.0, delta=1e-5, sampling_probability=1.0, steps=2)
+    assert together == pytest.approx((both, both), rel=1e-9)
+    # One stretch with all of it is calibrated as ever.
+    whole = calibrate_together(epsilon_target=2.0, delta=1e-5, shapes=((1.0, 2, 1.0),))
+    assert whole == (both,)
+
+
+def test_shares_that_are_far_too_much_together_are_refused() -> None:
+    """Two hundred times all of epsilon: ten times the noise of one is not enough for fourteen."""
+    with pytest.raises(ValueError, match="with these shares"):
+        calibrate_together(epsilon_target=2.0, delta=1e-5, shapes=((1.0, 1, 1.0),) * 200)
+    assert calibrate_together(epsilon_target=2.0, delta=1e-5, shapes=((1.0, 1, 1.0),) * 50)
 
 
 def test_calibration_works_where_much_noise_costs_nothing() -> None:

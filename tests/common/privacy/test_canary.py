@@ -27,15 +27,15 @@ from common.privacy import canary, gradient, noise
 from common.privacy import sampling as sampling_module
 from common.privacy.accounting import Mechanism
 from common.privacy.canary import audit, gaussian_epsilon, mu_at_least
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan
 from tests.common.gan.trainers import small_study
 
 MULTIPLIERS = [0.5, 1.5, 5.0, 30.0]
 FEW = 100  # trials enough to see a gross defect, a second
 
 
-def plan_of(noise_multiplier: float, clip_norm: float = 1.0, sampling_probability: float = 0.5) -> PrivacyPlan:
-    return PrivacyPlan(Mechanism(sampling_probability, noise_multiplier, 10), clip_norm, delta=1e-5, epsilon=1.0)
+def plan_of(noise_multiplier: float, clip_norm: float = 1.0, sampling_probability: float = 0.5) -> PhasePlan:
+    return PhasePlan(Mechanism(sampling_probability, noise_multiplier, 10), clip_norm)
 
 
 def labelled(size: int = 28, **tables: dict[str, Any]) -> StudyConfig:

@@ -15,13 +15,13 @@ from torch import nn
 
 from common.privacy.accounting import Mechanism
 from common.privacy.gradient import ROUNDING_MARGIN, PatientOptimizer, average_over_owners, per_sample
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PhasePlan
 from tests.common.privacy.sources import Counted, failing, seeded, short
 from tests.strategies import owners
 
 
-def plan_of(clip_norm: float = 1.0, noise_multiplier: float = 1.0) -> PrivacyPlan:
-    return PrivacyPlan(Mechanism(0.5, noise_multiplier, 1), clip_norm, 1e-5, 1.0)
+def plan_of(clip_norm: float = 1.0, noise_multiplier: float = 1.0) -> PhasePlan:
+    return PhasePlan(Mechanism(0.5, noise_multiplier, 1), clip_norm)
 
 
 def network_with(rows: torch.Tensor) -> nn.Linear:

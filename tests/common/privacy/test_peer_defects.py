@@ -4,6 +4,7 @@ Two of the list are tested where they could arise: a ledger that is lost on rest
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from common.gan import networks
 from common.gan.parameters import to_vector
 from common.gan.training import GanTrainer
 from common.privacy.accounting import History, append, epsilon
-from common.privacy.plan import PrivacyPlan, make_plan
+from common.privacy.plan import PhasePlan, PrivacyPlan, make_plan
 from tests.common.gan.trainers import CPU, batch, images, movement, reading_trainer, small_plan, small_study
 from tests.common.privacy.sources import seeded
 
@@ -28,6 +29,11 @@ def plan_of(study: StudyConfig) -> PrivacyPlan:
     plan = make_plan(study)
     assert plan is not None
     return plan
+
+
+def only_phase(plan: PrivacyPlan) -> PhasePlan:
+    (phase,) = plan.phases
+    return phase
 
 
 def contracted(*patients: int, weights: str = "equal") -> StudyConfig:
@@ -41,7 +47,7 @@ def contracted(*patients: int, weights: str = "equal") -> StudyConfig:
 
 def site_trainer(study: StudyConfig) -> GanTrainer:
     """The reading trainer of a site under the study's own plan, with noise whose bytes are the same in every run."""
-    plan = plan_of(study)
+    plan = only_phase(plan_of(study))
     trainer = reading_trainer(study, clip_norm=plan.clip_norm, noise_stddev=plan.noise_stddev)
     trainer.discriminator_optimizer.source = seeded(1)  # type: ignore[attr-defined]
     return trainer
@@ -64,13 +70,14 @@ def test_epsilon_is_not_reported_a_round_at_a_time() -> None:
     """A fresh accountant in every round would report the first figure after any number of rounds."""
     study = contracted(40, 40)
     plan = plan_of(study)
-    one_round = type(plan.mechanism)(1.0, plan.mechanism.noise_multiplier, study.federation.local_steps)
+    mechanism = only_phase(plan).mechanism
+    one_round = replace(mechanism, steps=study.federation.local_steps)
     history: History = ()
     after = []
     for _ in range(study.federation.rounds):
         history = append(history, one_round)
         after.append(epsilon(history, plan.delta))
-    assert history == (plan.mechanism,)
+    assert history == (mechanism,) == plan.history
     assert after == sorted(set(after))
     assert after[-1] == plan.epsilon > 2 * after[0]
     # Nor are rounds added up, at a delta that would be four times as large: that is not the composition either.
@@ -79,7 +86,7 @@ def test_epsilon_is_not_reported_a_round_at_a_time() -> None:
 
 def test_two_studies_are_composed_and_not_reported_one_at_a_time() -> None:
     first, second = plan_of(contracted(40, 40)), plan_of(contracted(40, 40).with_changes("privacy", epsilon=1.0))
-    together = epsilon((first.mechanism, second.mechanism), 1e-5)
+    together = epsilon((*first.history, *second.history), 1e-5)
     assert max(first.epsilon, second.epsilon) < together < first.epsilon + second.epsilon
 
 
@@ -93,7 +100,7 @@ def test_noise_is_not_planned_for_many_sites_and_released_with_fewer(others: int
     plan = plan_of(study)
     assert plan == plan_of(contracted(40, 40))
     noise = noise_of_empty_steps(site_trainer(study), 12)
-    total = float((noise**2).sum()) / plan.noise_stddev**2
+    total = float((noise**2).sum()) / only_phase(plan).noise_stddev ** 2
     low, high = stats.chi2.interval(1 - 1e-5, len(noise))
     assert low < total < high
     # A share of 1 / sqrt(2) of it, as two sites that trust each other would add, is far outside.
@@ -115,11 +122,12 @@ def test_weights_of_unequal_sites_do_not_weaken_the_noise_of_one(patients: tuple
         trainer.discriminator.head.weight.mul_(-20.0)
     noise = noise_of_empty_steps(trainer, 12)  # leaves the noise off
     moved = movement(trainer, batch(study, drawn))[0] - movement(trainer, batch(study, drawn[:1]))[0]
+    noise_multiplier = only_phase(plan).mechanism.noise_multiplier
     for weight in np.float32(weights):
         sensitivity = float((weight * moved).norm())
         ratio = float(np.std(weight * noise)) / sensitivity
-        assert sensitivity == pytest.approx(weight * plan.clip_norm, rel=1e-3)
-        assert ratio == pytest.approx(plan.mechanism.noise_multiplier, rel=5 / math.sqrt(2 * len(noise)) + 1e-3)
+        assert sensitivity == pytest.approx(weight * only_phase(plan).clip_norm, rel=1e-3)
+        assert ratio == pytest.approx(noise_multiplier, rel=5 / math.sqrt(2 * len(noise)) + 1e-3)
 
 
 def test_a_zero_update_is_never_made() -> None:

@@ -1,6 +1,7 @@
 """Run folders made by hand, and a reader of the page they give."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from PIL import Image
 
 from common.config import StudyConfig
 from common.privacy import accounting
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import History, Mechanism
+from common.privacy.plan import PhasePlan, PrivacyPlan, make_plan
 from server import record
 from server.record import MechanismRecord, RunRecord, SiteRecord, WarmStartRecord
 from server.report.page import write_report
@@ -23,10 +25,12 @@ def make_run(
 ) -> RunRecord:
     """A completed run in which every site took part in every round of STEPS steps."""
     names = list(sites)
-    federation = {"contracted_patients": dict.fromkeys(names, 200), "aggregation": aggregation}
+    contract = dict.fromkeys(names, 200)
+    federation = {"contracted_patients": contract, "aggregation": aggregation, "rounds": max(10, rounds)}
     study = StudyConfig(name="pilot").with_changes("federation", **federation)
     if not private:
         study = study.with_changes("privacy", enabled=False)
+    plan = PrivacyPlan((PhasePlan(Mechanism(0.25, NOISE, STEPS * 10), 1.0),), DELTA, 1.0)
     run = RunRecord(
         status="completed",
         study=study.model_dump(mode="json"),
@@ -37,7 +41,7 @@ def make_run(
         device="cpu",
         aggregation=aggregation,
         rounds_completed=rounds,
-        noise_multiplier=NOISE if private else None,
+        phases=record.phases(study, plan if private else None),
         seconds={"warm_start": 42.0, "total": 3725.0},
     )
     for name in names:
@@ -59,6 +63,62 @@ def make_run(
     return run
 
 
+PHASES = [
+    {"algorithm": "moments", "share": 0.6, "rounds": 2},
+    {"algorithm": "joint", "share": 0.3, "rounds": 3, "steps": 40},
+    {"algorithm": "local", "share": 0.1, "rounds": 4, "steps": 5},
+]
+
+
+def make_phased_run(
+    rounds: int = 9, *, sites: Sequence[str] = ("north", "south", "west"), private: bool = True, **federation: Any
+) -> RunRecord:
+    """A run whose sites took part in the first rounds of a study of nine: two of moments, three joint, four local."""
+    contract = dict.fromkeys(sites, 200)
+    tree = {"phase": PHASES, "contracted_patients": contract, "minimum_sites": len(contract), **federation}
+    privacy = {"enabled": private, "epsilon": 8.0, "sampling_probability": 0.5}
+    study = StudyConfig.model_validate({"name": "pilot", "federation": tree, "privacy": privacy})
+    plan = make_plan(study)
+    run = make_run(sites, private=private, rounds=rounds)
+    run.study, run.study_digest = study.model_dump(mode="json"), study.digest
+    run.aggregation = study.federation.aggregation
+    run.phases = record.phases(study, plan)
+    for site in run.sites:
+        site.mechanisms = record.mechanisms(charged_by(study, rounds))
+        record.set_epsilon(site, "prv")
+    return run
+
+
+def charged_by(study: StudyConfig, rounds: int) -> History:
+    """What a site has charged after the first rounds of a study, all of which it took part in."""
+    plan = make_plan(study)
+    history: History = ()
+    if plan is None:
+        return history
+    for number in range(1, rounds + 1):
+        phase = study.phase_number(number)
+        mechanism = replace(plan.phases[phase].mechanism, steps=study.phases[phase].steps)
+        history = accounting.append(history, mechanism)
+    return history
+
+
+def phased_lines(run: RunRecord) -> list[dict[str, Any]]:
+    """A line of ``metrics.jsonl`` for each of its rounds; those of moments have facts of their own."""
+    study = StudyConfig.model_validate(run.study)
+    lines = []
+    for number in range(1, run.rounds_completed + 1):
+        algorithm = study.phases[study.phase_number(number)].algorithm
+        facts = {"features": 96 * number, "noise_share": 0.123456, "stopped": "noise"} if algorithm == "moments" else {}
+        steps = accounting.num_steps(charged_by(study, number))
+        lines.append(line(number, {site.name: steps for site in run.sites}, algorithm=algorithm, **facts))
+    return lines
+
+
+def save_phased(folder: Path, run: RunRecord) -> None:
+    """As ``save``, with the lines of its phases."""
+    save(folder, run, phased_lines(run))
+
+
 def line(number: int, steps: dict[str, int], **changes: Any) -> dict[str, Any]:
     """A line of ``metrics.jsonl``; ``steps`` is what each site had charged by then."""
     sites = {name: {"steps_charged": charged, "epsilon_rdp": None} for name, charged in steps.items()}
@@ -67,13 +127,14 @@ def line(number: int, steps: dict[str, int], **changes: Any) -> dict[str, Any]:
     return {**usual, "seconds": seconds, **changes}
 
 
-def save(folder: Path, run: RunRecord) -> None:
+def save(folder: Path, run: RunRecord, lines: Sequence[dict[str, Any]] | None = None) -> None:
     """Write the run with a metrics line and a grid for each of its rounds; grids differ in their grey level."""
     (folder / "samples").mkdir(parents=True)
     for number in range(run.rounds_completed + 1):
         Image.new("L", (8, 6), color=number).save(folder / "samples" / f"round-{number:04d}.png")
         if number:
-            record.append_metrics(folder, line(number, {site.name: STEPS * number for site in run.sites}))
+            usual = line(number, {site.name: STEPS * number for site in run.sites})
+            record.append_metrics(folder, usual if lines is None else lines[number - 1])
     run.save(folder)
 
 

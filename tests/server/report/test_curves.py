@@ -1,14 +1,26 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from common.config import StudyConfig
 from common.privacy import accounting
 from common.privacy.accounting import Mechanism
 from server import record
 from server.record import MechanismRecord
 from server.report import curves
-from server.report.curves import epsilon_curves, prefix, spread
-from tests.server.report.runs import DELTA, NOISE, STEPS, line, make_run, spent
+from server.report.curves import epsilon_curves, phase_of, prefix, spread
+from tests.server.report.runs import (
+    DELTA,
+    NOISE,
+    STEPS,
+    charged_by,
+    line,
+    make_phased_run,
+    make_run,
+    phased_lines,
+    spent,
+)
 
 
 def test_spread_takes_all_when_few_and_always_the_last() -> None:
@@ -86,3 +98,65 @@ def test_many_unlike_sites_are_computed_at_fewer_points(
     found = epsilon_curves(run, metrics)
     assert len(found) == num_sites and all(len(curve.points) == 1 + points for curve in found)
     assert len(computed) <= curves.MOST_EVALUATIONS
+
+
+# ---------------------------------------------------------------- phases
+
+
+def after(rounds: int) -> float:
+    """Epsilon of a site that took part in the first rounds of the study with phases."""
+    study = StudyConfig.model_validate(make_phased_run().study)
+    return accounting.epsilon(charged_by(study, rounds), DELTA)
+
+
+def test_rounds_count_through_the_phases() -> None:
+    run = make_phased_run()
+    assert [phase_of(run, number) for number in range(1, 11)] == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    run.phases = []
+    assert phase_of(run, 1) == 0
+
+
+def test_each_round_costs_what_its_phase_says() -> None:
+    run = make_phased_run()
+    (curve,) = epsilon_curves(run, phased_lines(run))
+    assert curve.points == tuple((number, after(number)) for number in range(10))
+    assert [value for _, value in curve.points] == sorted({value for _, value in curve.points})
+
+
+@pytest.mark.parametrize(("rounds", "wanted"), [(3, {2, 3}), (9, {2, 5, 9})])
+def test_the_end_of_a_phase_is_always_a_point(rounds: int, wanted: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "POINT_COUNTS", (1,))
+    run = make_phased_run(rounds)
+    (curve,) = epsilon_curves(run, phased_lines(run))
+    assert {number for number, _ in curve.points} == {0, *wanted}
+    assert all(value == after(number) for number, value in curve.points)
+
+
+def test_steps_that_were_not_made_are_not_filled_up_with_those_of_a_later_phase() -> None:
+    """South was late in round 1, so the record counts a release that its own ledger, after a resume, does not have."""
+    run = make_phased_run(3)
+    study = StudyConfig.model_validate(run.study)
+    release, joint = charged_by(study, 3)
+    south = run.site("south")
+    south.mechanisms = record.mechanisms((replace(release, steps=1), joint))
+    record.set_epsilon(south, "prv")
+    lines = phased_lines(run)  # steps charged: 1, 2 and, as if all were made, 42
+    found = {curve.sites: dict(curve.points) for curve in epsilon_curves(run, lines)}
+    one_release = accounting.epsilon((replace(release, steps=1),), DELTA)
+    assert found["south",] == {0: 0.0, 1: one_release, 2: one_release, 3: south.epsilon}
+    assert found["north", "west"] == {number: after(number) for number in range(4)}
+
+
+def test_a_phase_that_was_skipped_costs_nothing_until_the_next() -> None:
+    run = make_phased_run(5)
+    study = StudyConfig.model_validate(run.study)
+    release, joint = charged_by(study, 5)
+    for site in run.sites:
+        site.mechanisms = record.mechanisms((joint,))
+        record.set_epsilon(site, "prv")
+    steps = {3: 40, 4: 80, 5: 120}
+    lines = [line(number, dict.fromkeys(("north", "south", "west"), charged)) for number, charged in steps.items()]
+    (curve,) = epsilon_curves(run, lines)
+    assert curve.points == (
+        (0, 0.0), *((n, accounting.epsilon((replace(joint, steps=charged),), DELTA)) for n, charged in steps.items())
+    )  # fmt: skip

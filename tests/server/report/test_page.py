@@ -11,7 +11,17 @@ from server import record
 from server.record import BudgetRecord, RunRecord
 from server.report.page import write_report
 from server.report.words import epsilon_text
-from tests.server.report.runs import STEPS, Page, line, make_run, save, spent, warm
+from tests.server.report.runs import (
+    STEPS,
+    Page,
+    line,
+    make_phased_run,
+    make_run,
+    save,
+    save_phased,
+    spent,
+    warm,
+)
 
 
 def test_the_figures_appear(tmp_path: Path) -> None:
@@ -376,3 +386,179 @@ def test_a_study_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, run)
     with pytest.raises(ConfigError, match="another version"):
         write_report(tmp_path)
+
+
+# ---------------------------------------------------------------- phases
+
+
+def pictures(page: Page) -> list[bytes]:
+    return [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.all("img")]
+
+
+def grid(folder: Path, number: int) -> bytes:
+    return (folder / "samples" / f"round-{number:04d}.png").read_bytes()
+
+
+def figure(run: RunRecord, rounds: int) -> str:
+    """Epsilon as the page shows it after the first rounds of the study with phases."""
+    return epsilon_text(make_phased_run(rounds).sites[0].epsilon or 0.0)
+
+
+def test_the_plan_of_every_phase_is_told(tmp_path: Path) -> None:
+    run = make_phased_run()
+    save_phased(tmp_path, run)
+    page = Page.of(tmp_path)
+    noise = [f"{phase.noise_multiplier:.4g}" for phase in run.phases]
+    for expected in (
+        "9 of 9 moments, then joint, then local",
+        "Phase 1: moments 2 releases in 2 rounds, for 60 % of ε. clip_norm 1, noise_multiplier "
+        f"{noise[0]}, sampling_probability 1: all patients",
+        f"Phase 2: joint 120 steps in 3 rounds, for 30 % of ε. clip_norm 1, noise_multiplier {noise[1]}, "
+        "sampling_probability 0.5 for each patient at each step",
+        "Phase 3: local 20 steps in 4 rounds, for 10 % of ε.",
+        "composed over all rounds of all phases",
+        f"2 steps, noise {noise[0]}, q 1; 120 steps, noise {noise[1]}, q 0.5; 20 steps",
+        "1: moments the sites told what their patients look like on average, and the generator was fitted to that 1–2 "
+        "one release 2 of 2",
+        "2: joint one discriminator was trained on the patients of all sites together, a noisy sum at a time 3–5 40 3 "
+        "of 3",
+        "3: local each site trained both networks on its own patients, and the updates were averaged 6–9 5 4 of 4",
+    ):
+        assert expected in page.text, expected
+
+
+def test_a_study_of_one_phase_has_no_table_of_phases(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    page = Page.of(tmp_path)
+    assert "Planned, of local 100 steps in 10 rounds. clip_norm 1" in page.text
+    assert "What happened" not in page.text and "% of ε" not in page.text and "Phase 1" not in page.text
+
+
+@pytest.mark.parametrize("why", ["", "600 patients and epsilon 8: moments alone. <b>"])
+def test_why_the_phases_were_chosen_is_told_when_they_were(why: str, tmp_path: Path) -> None:
+    run = make_run()
+    run.phases_chosen = why
+    save(tmp_path, run)
+    text = Page.of(tmp_path).text
+    assert ("Why these phases" in text) is bool(why)
+    assert ("What happened" in text) is bool(why)
+    assert why in text
+
+
+def test_a_phase_that_was_not_finished_shows(tmp_path: Path) -> None:
+    run = make_phased_run(4)
+    save_phased(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert "3–5 40 2 of 3" in page.text and "6–9 5 0 of 4" in page.text
+    marked = [cell for cell in page.all("td") if cell.get("class") == "n over"]
+    assert len(marked) == 2
+    assert "After joint (round 4)" in page.text and "1 round of this phase missing" in page.text
+    assert "After local" not in page.text
+
+
+def test_grids_before_and_after_every_phase_stand_beside_each_other(tmp_path: Path) -> None:
+    run = make_phased_run()
+    run.warm_start = warm("public phantoms (brain), 600 steps")
+    save_phased(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert pictures(page)[:4] == [grid(tmp_path, number) for number in (0, 2, 5, 9)]
+    assert pictures(page)[4:] == [grid(tmp_path, number) for number in (1, 3, 4, 6, 7, 8)]
+    for expected in (
+        "Before (round 0) public phantoms only, no patient used",
+        f"and the generator was fitted to that; ε = {figure(run, 2)} spent by then at most",
+        f"After joint (round 5) one discriminator was trained on the patients of all sites together, a noisy sum at a "
+        f"time; ε = {figure(run, 5)} spent by then at most",
+        f"After local (round 9) each site trained both networks on its own patients, and the updates were averaged; "
+        f"ε = {figure(run, 9)} spent by then at most",
+        "round 1, moments round 3, joint round 4, joint round 6, local",
+    ):
+        assert expected in page.text, expected
+    assert figure(run, 2) < figure(run, 5) < figure(run, 9)
+
+
+def test_a_phase_that_left_no_grid_is_left_out(tmp_path: Path) -> None:
+    """As when its budget was spent before it began."""
+    run = make_phased_run(5)
+    save_phased(tmp_path, run)
+    for number in (1, 2):
+        (tmp_path / "samples" / f"round-{number:04d}.png").unlink()
+    page = Page.of(tmp_path)
+    assert pictures(page)[:2] == [grid(tmp_path, number) for number in (0, 5)]
+    assert "After moments" not in page.text
+
+
+def test_grids_of_phases_without_privacy_say_so(tmp_path: Path) -> None:
+    run = make_phased_run(private=False)
+    save_phased(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert page.text.count(", without privacy") == 3  # not the one before any patient
+    assert "spent by then" not in page.text and "Phase 1: moments" not in page.text
+    assert "1: moments the sites told what their patients look like on average" in page.text
+
+
+def test_what_rounds_of_moments_found_is_a_table(tmp_path: Path) -> None:
+    save_phased(tmp_path, make_phased_run())
+    page = Page.of(tmp_path)
+    assert "Round Features Noise in the sum Why it stopped 1 96 0.1235 noise 2 192 0.1235 noise" in page.text
+    assert "so none of it costs privacy" in page.text
+
+
+@pytest.mark.parametrize("facts", [{}, {"features": 5}])
+def test_rounds_of_moments_without_figures_have_no_table(facts: dict[str, int], tmp_path: Path) -> None:
+    run = make_phased_run(2)
+    save(tmp_path, run, [line(number, {}, algorithm="moments", **facts) for number in (1, 2)])
+    assert ("Rounds of moments" in Page.of(tmp_path).text) is bool(facts)
+
+
+def test_a_figure_that_only_some_rounds_left_is_a_dash_elsewhere(tmp_path: Path) -> None:
+    run = make_phased_run(2)
+    lines = [line(1, {}, algorithm="moments", first=1), line(2, {}, algorithm="moments", second=2.5)]
+    save(tmp_path, run, lines)
+    assert "Round First Second 1 1 – 2 – 2.5" in Page.of(tmp_path).text
+
+
+# ---------------------------------------------------------------- noise that the sites share
+
+
+def test_noise_that_sites_share_is_said_to_rest_on_the_sums(tmp_path: Path) -> None:
+    save_phased(tmp_path, make_phased_run())
+    text = Page.of(tmp_path).text
+    for expected in (
+        "In moments and joint the guarantee above rests on this: each site adds a share of the noise, and every sum "
+        "over at least 3 sites holds all of it, even when the coordinator knows the shares of 1 site. No smaller sum "
+        "was opened. In local it does not",
+        "Against the coordinator together with more than 1 site: in moments and joint the sites share the noise",
+    ):
+        assert expected in text, expected
+    assert "The guarantee above does not rest on this" not in text
+
+
+@pytest.mark.parametrize(
+    ("sites", "aggregation"), [(("north", "south"), "secure"), (("north", "south", "west"), "plain")]
+)
+def test_where_every_site_makes_all_of_the_noise_nothing_rests_on_the_sums(
+    sites: tuple[str, ...], aggregation: str, tmp_path: Path
+) -> None:
+    """Of two sites one may collude, so each makes it all; in plain studies each one does."""
+    run = make_phased_run(sites=sites, aggregation=aggregation)
+    save_phased(tmp_path, run)
+    text = Page.of(tmp_path).text
+    assert "adds a share of the noise" not in text and "sites share the noise" not in text
+    figures = [site.epsilon or 0.0 for site in run.sites]
+    assert f"at all {len(sites)} sites to ε = {epsilon_text(sum(figures))} at δ = {len(sites)}e-5" in text
+
+
+def test_a_patient_of_several_sites_under_one_noise_is_a_group(tmp_path: Path) -> None:
+    """Two sites of epsilon 2 and delta 1e-5 under one noise: epsilon 4 and delta (1 + e^2) 1e-5 = 8.389e-5."""
+    run = make_phased_run()
+    for site, epsilon in zip(run.sites, (2.0, 1.0, 2.0), strict=True):
+        site.epsilon = epsilon
+    save_phased(tmp_path, run)
+    text = Page.of(tmp_path).text
+    assert "at two of them to ε = 4.000 at δ = 8.389e-5 at most" in text
+    # All three, the smallest first: 1 + e + e^3 = 23.80.
+    assert "at all 3 sites to ε = 5.000 at δ = 0.000238" in text
+    for site in run.sites:
+        site.epsilon = 9.0
+    run.save(tmp_path)
+    assert "at all 3 sites to ε = 27.000 at δ = 1, which is no guarantee" in Page.of(tmp_path).text

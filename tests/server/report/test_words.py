@@ -1,9 +1,10 @@
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from common.config import StudyConfig
+from common.config import Algorithm, StudyConfig
 from common.errors import INTERNAL, FederationError
 from server.channel import MALFORMED, NO_ANSWER, NODE_ERROR
 from server.enrolment import ENROLMENT_CHANGED, OTHER_ROSTER
@@ -85,3 +86,19 @@ def test_a_chart_puts_the_highest_value_on_top_and_time_to_the_right() -> None:
     assert (xs[0], xs[-1]) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
     assert ys[0] == charts.HEIGHT - charts.BOTTOM and ys[-1] > charts.TOP
     assert ys[1] == pytest.approx((ys[0] + ys[2]) / 2)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 rounds"), (1, "1 round"), (2, "2 rounds")])
+def test_counts(count: int, expected: str) -> None:
+    assert words.count_text(count, "round") == expected
+
+
+def test_every_algorithm_has_words_and_a_later_one_its_name() -> None:
+    assert set(words.ALGORITHMS) == set(get_args(Algorithm))
+    assert words.algorithm_words("diffusion") == "diffusion"
+
+
+def test_figures_of_rounds_read_as_words() -> None:
+    assert words.fact_words("noise_share") == "noise in the sum"
+    assert words.fact_words("a_new_figure") == "a new figure"
+    assert [words.fact_text(value) for value in (0.123456, 12, "noise", 1e-7)] == ["0.1235", "12", "noise", "1e-7"]

@@ -1,0 +1,206 @@
+"""A public feature map of images, whose noisy mean over patients teaches the generator (``moments``).
+
+Matching the means of enough features matches the distribution (Salimans et al. 2016; privately in one step: Harder et
+al. 2021, DP-MERF). The map is made from public images alone and travels as one flat vector; random weights are drawn
+from a seed in it. Each image's features are bounded, so no later clipping makes a real mean differ from a generated
+one.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.config import StudyConfig
+from common.gan import networks
+from common.gan.parameters import load_vector
+from common.messages import Vector
+
+VERSION = 1
+HEADER = 5  # version, spatial axes, seed (two numbers below 65536, which float32 holds exactly), discriminator or not
+WIDTHS = (16, 32)  # channels of the two random convolutions of a scale
+COARSEST = 8  # pixels along an axis of the coarsest scale
+GRID = {2: 4, 3: 2}  # cells along an axis in which a map's averages and squares are taken, by spatial axes
+THUMBNAIL = {2: 16, 3: 6}  # pixels along an axis of the low-resolution image
+LABEL_WEIGHT = 0.4  # of a patient's norm goes to the count of the labels
+NUM_PROJECTIONS = 48  # random projections of the low-resolution image, whose products are its second moments
+
+
+class FeatureMap:
+    """Features of images: random convolutions at several scales, the discriminator's layers, a thumbnail, products.
+
+    **Guarantee.** None is needed of it: a site clips each patient's vector whatever the map, so a map of any numbers
+    changes what is learned, not the privacy.
+
+    Args:
+        study: gives the discriminator's architecture, the number of channels and the image's size.
+        spatial_axes: 2 or 3.
+        seed: of the random weights, 0 to 2**32 - 1.
+        discriminator: flat parameters whose layers are features too, or empty; two spatial axes only.
+        centre: (D,), mean of the raw features of public images.
+        gain: (D,), by which the centred features are multiplied.
+    """
+
+    def __init__(
+        self, study: StudyConfig, spatial_axes: int, seed: int, discriminator: Vector, centre: Vector, gain: Vector
+    ) -> None:
+        self.study, self.spatial_axes, self.seed = study, spatial_axes, seed
+        self.discriminator, self.centre, self.gain = discriminator, centre, gain
+        self.block_sizes = _block_sizes(study, spatial_axes, with_discriminator=len(discriminator) > 0)
+        self._on: dict[torch.device, _Weights] = {}
+
+    @classmethod
+    def from_vector(cls, study: StudyConfig, vector: Vector) -> "FeatureMap":
+        """The map that ``to_vector`` wrote.
+
+        Raises:
+            ValueError: the vector is not one of this version, of this study's shapes, or of finite numbers.
+        """
+        if vector.ndim != 1 or len(vector) < HEADER or not np.isfinite(vector).all() or vector[0] != VERSION:
+            raise ValueError(f"expected a feature map of version {VERSION}, of finite numbers")
+        axes, seed, with_discriminator = int(vector[1]), int(vector[2]) * 65536 + int(vector[3]), vector[4] == 1
+        if axes not in GRID or not 0 <= seed < 2**32 or (with_discriminator and axes != 2):
+            raise ValueError(
+                "expected a feature map of 2 or 3 spatial axes, with a discriminator for 2 only, and a seed below 2**32"
+            )
+        count = networks.num_parameters(networks.build_discriminator, study) if with_discriminator else 0
+        num_features = sum(_block_sizes(study, axes, with_discriminator=with_discriminator))
+        expected = HEADER + count + 2 * num_features
+        if len(vector) != expected:
+            raise ValueError(f"expected {expected} numbers for {num_features} features, found {len(vector)}")
+        discriminator, rest = vector[HEADER : HEADER + count], vector[HEADER + count :]
+        return cls(study, axes, seed, discriminator, rest[:num_features], rest[num_features:])
+
+    def to_vector(self) -> Vector:
+        """Flat float32: header, discriminator, centre, gain; a quarter of a megabyte for 32x32 pixels."""
+        header = [VERSION, self.spatial_axes, self.seed // 65536, self.seed % 65536, len(self.discriminator) > 0]
+        return np.concatenate([np.array(header, np.float32), self.discriminator, self.centre, self.gain])
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.centre)
+
+    def length(self, num_classes: int) -> int:
+        """Length of a site's vector: for each class a block of D features and one entry that counts its images."""
+        return num_classes * (self.num_features + 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of images in [-1, 1], (n, channels, *spatial), to (n, D); differentiable, norms of at most 1.
+
+        The bound is the image's, not only the patient's: a patient's mean then needs no clipping, which generated
+        images would not undergo. Public images have a norm of about 1 before it.
+        """
+        weights = self._weights(images.device)
+        features = (weights.raw(images) - weights.centre) * weights.gain
+        bounded: Tensor = features / features.norm(dim=1, keepdim=True).clamp(min=1.0)
+        return bounded
+
+    def raw(self, images: Tensor) -> Tensor:
+        """The same neither centred, scaled nor bounded."""
+        return self._weights(images.device).raw(images)
+
+    def scaled(self, centre: Tensor, gain: Tensor) -> "FeatureMap":
+        """The same map with another centre and gain, (D,) each."""
+        as_vectors = [np.asarray(part.cpu().numpy(), dtype=np.float32) for part in (centre, gain)]
+        return FeatureMap(self.study, self.spatial_axes, self.seed, self.discriminator, *as_vectors)
+
+    def _weights(self, device: torch.device) -> "_Weights":
+        if device not in self._on:
+            with torch.inference_mode(False):  # else the first call would decide whether later ones can have gradients
+                self._on[device] = _Weights(self, device)
+        return self._on[device]
+
+
+def raw_feature_map(study: StudyConfig, spatial_axes: int, seed: int, discriminator: Vector) -> FeatureMap:
+    """A map with centre 0 and gain 1, to find better ones with; arguments as of ``FeatureMap``."""
+    count = sum(_block_sizes(study, spatial_axes, with_discriminator=len(discriminator) > 0))
+    return FeatureMap(study, spatial_axes, seed, discriminator, np.zeros(count, np.float32), np.ones(count, np.float32))
+
+
+class _Weights:
+    """The map's numbers on one device."""
+
+    def __init__(self, feature_map: FeatureMap, device: torch.device) -> None:
+        axes, study = feature_map.spatial_axes, feature_map.study
+        random = torch.Generator().manual_seed(feature_map.seed)
+        before: int = study.image.channels
+        self.axes = axes
+        self.layers = []
+        for channels, kernel in zip(WIDTHS, (5, 3), strict=True):
+            kernels = torch.randn(channels, before, *[kernel] * axes, generator=random)
+            kernels *= math.sqrt(2 / kernels[0].numel())
+            bias = 0.3 * torch.randn(channels, generator=random)
+            self.layers.append((kernels.to(device), bias.to(device)))
+            before = channels
+        pixels = study.image.channels * THUMBNAIL[axes] ** axes
+        projections = torch.randn(1, pixels, NUM_PROJECTIONS, generator=random)
+        # Neighbouring pixels go together, as in images: rough projections would see noise.
+        smooth = projections.transpose(1, 2).reshape(NUM_PROJECTIONS, -1, *[THUMBNAIL[axes]] * axes)
+        for _ in range(3):
+            smooth = _average(functional.pad(smooth, [1, 1] * axes, mode="replicate"), 3, 1)
+        self.projections = torch.linalg.qr(smooth.reshape(NUM_PROJECTIONS, pixels).T)[0].to(device)
+        first, second = torch.triu_indices(NUM_PROJECTIONS, NUM_PROJECTIONS)
+        self.first, self.second = first.to(device), second.to(device)
+        self.critic: list[nn.Module] = []
+        if len(feature_map.discriminator):
+            network = networks.build_discriminator(study)
+            load_vector(network, feature_map.discriminator)
+            self.critic = list(network.requires_grad_(False).to(device).get_submodule("body").children())
+        self.centre = torch.from_numpy(feature_map.centre.copy()).to(device)
+        self.gain = torch.from_numpy(feature_map.gain.copy()).to(device)
+        offset = sum(feature_map.block_sizes[:-3])
+        self.thumbnail_centre = self.centre[offset : offset + pixels]
+
+    def raw(self, images: Tensor) -> Tensor:
+        """(n, D), neither centred nor scaled."""
+        found = []
+        convolve = functional.conv2d if self.axes == 2 else functional.conv3d
+        for scale in _scales(images.shape[2]):
+            hidden = _average(images, scale, scale) if scale > 1 else images
+            for kernels, bias in self.layers:
+                hidden = functional.relu(convolve(hidden, kernels, bias, stride=2, padding=kernels.shape[2] // 2))
+                found.append(_cells(hidden, self.axes))
+        hidden = images
+        for layer in self.critic:
+            hidden = layer(hidden)
+            if isinstance(layer, nn.LeakyReLU):
+                found.append(_cells(hidden, self.axes))
+        thumbnail = _adaptive(images, THUMBNAIL[self.axes], self.axes).flatten(1)
+        projected = (thumbnail - self.thumbnail_centre) @ self.projections
+        products = projected[:, self.first] * projected[:, self.second]
+        return torch.cat([*found, thumbnail, thumbnail**2, products], dim=1)
+
+
+def _scales(size: int) -> list[int]:
+    """Factors by which an image of this size is reduced: 1, 2, ... while ``COARSEST`` pixels are left."""
+    return [2**level for level in range((size // COARSEST).bit_length())]
+
+
+def _block_sizes(study: StudyConfig, spatial_axes: int, *, with_discriminator: bool) -> tuple[int, ...]:
+    """Number of features of each block, in the order of ``_Weights.raw``."""
+    cells = 2 * GRID[spatial_axes] ** spatial_axes  # averages and squares
+    sizes = [width * cells for _ in _scales(study.image.size) for width in WIDTHS]
+    if with_discriminator:
+        with torch.device("meta"):
+            layers = networks.build_discriminator(study).modules()
+        sizes += [layer.out_channels * cells for layer in layers if isinstance(layer, nn.Conv2d)]
+    pixels = study.image.channels * THUMBNAIL[spatial_axes] ** spatial_axes
+    return (*sizes, pixels, pixels, NUM_PROJECTIONS * (NUM_PROJECTIONS + 1) // 2)
+
+
+def _cells(maps: Tensor, axes: int) -> Tensor:
+    """Averages of the maps and of their squares in each cell of the grid, (n, features)."""
+    return torch.cat([_adaptive(part, GRID[axes], axes).flatten(1) for part in (maps, maps**2)], dim=1)
+
+
+def _adaptive(maps: Tensor, cells: int, axes: int) -> Tensor:
+    pool = functional.adaptive_avg_pool2d if axes == 2 else functional.adaptive_avg_pool3d
+    return pool(maps, cells)
+
+
+def _average(maps: Tensor, kernel: int, stride: int) -> Tensor:
+    pool = functional.avg_pool2d if maps.ndim == 4 else functional.avg_pool3d
+    return pool(maps, kernel, stride)

@@ -1,0 +1,405 @@
+"""``moments`` at the server: the feature map before the patients' noisy sum, the generator's training after it.
+
+Everything here is public or post-processing of the noisy sum, so it costs no privacy. The noise is known, and used:
+the released means are shrunk toward the start where noise dominates, and a part of the coordinates is held back, on
+which the noise is independent of what the generator was fitted to: they choose among the generators on the way, and
+keep the start when none is surely better.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from common import progress
+from common.config import StudyConfig
+from common.gan import networks
+from common.gan.feature_map import LABEL_WEIGHT, FeatureMap, raw_feature_map
+from common.gan.parameters import load_vector, to_vector
+from common.messages import Vector
+from server.aggregation import GanState
+
+NUM_PUBLIC = 1500  # images behind centre, gain and principal components; more no longer change the result
+STEPS = 400
+IMAGES_A_CLASS = 32  # of each step: small batches and many steps did better than the reverse
+SMALLEST_BATCH, LARGEST_BATCH = 64, 128
+LEARNING_RATE = 1e-3
+WARM_UP = 20  # steps, while Adam's second moments settle
+AVERAGE_DECAY = 0.98
+HELD_BACK = 0.2  # of the coordinates
+SURELY = 2.0  # standard deviations by which the held-back residual must beat the start's
+CHECKS, PATIENCE = 12, 4  # looks at the held-back residual; so many in a row without a new best end the fit
+CHECK_IMAGES = 1024  # a class or fewer, so that a check costs as much as a few steps
+FIRST_BAND = 4  # principal components in the first band; each further one doubles how many are in front of its end
+
+
+@dataclass(frozen=True)
+class MomentsRecord:
+    """Facts of one fit, all of them post-processing.
+
+    Attributes:
+        features: number of features, D.
+        noise_share: energy of the noise in the released means, as a share of their whole distance from the start.
+        steps: generator steps made; ``best_step`` is the one whose average was kept, 0 for the start.
+        stopped: why the fit ended: ``steps``, ``no improvement`` or ``noise``, when nothing was surely better.
+        residual_before, residual_after: squared distance of the generator's means from the patients' on the held-back
+            features, without the noise's share; unbiased, so it can be negative.
+    """
+
+    features: int
+    noise_share: float
+    steps: int
+    best_step: int
+    stopped: str
+    residual_before: float
+    residual_after: float
+
+
+def make_feature_map(
+    study: StudyConfig, state: GanState, patients: int, noise_stddev: float, device: torch.device
+) -> FeatureMap:
+    """The map whose mean the patients will give, from the current generator's images or, without a start, generic ones.
+
+    Args:
+        study, state: the discriminator's layers are features only where there is a warm start.
+        patients: contracted training patients of all sites together.
+        noise_stddev: of each coordinate of the opened sum.
+        device: where to compute.
+    """
+    has_start = study.gan.warm_start != "none"
+    raw = raw_feature_map(study, 2, study.seed, state.discriminator if has_start else state.discriminator[:0])
+    images, _ = _public_images(study, state, device)
+    # Twice, as products are of what the thumbnails' mean leaves.
+    centred = raw.scaled(_raw(raw, images).mean(dim=0), torch.ones(raw.num_features))
+    features = _raw(centred, images)
+    centre = features.mean(dim=0)
+    features = features - centre
+    gain = torch.cat(
+        [
+            (1 / block.pow(2).sum(dim=1).mean().sqrt()).expand(block.shape[1])
+            for block in torch.split(features, list(raw.block_sizes), dim=1)
+        ]
+    )
+    gain = gain / (features * gain).norm(dim=1).median()
+    return raw.scaled(centre, gain)
+
+
+def fit(
+    study: StudyConfig,
+    state: GanState,
+    feature_map: FeatureMap,
+    total: NDArray[np.float64],
+    noise_stddev: float,
+    device: torch.device,
+    seed: int,
+    steps: int = STEPS,
+) -> tuple[GanState, MomentsRecord]:
+    """Train the generator until its mean features are the patients'.
+
+    Args:
+        study, state: the generator that is trained is the average.
+        feature_map: the one that the sites used.
+        total: noisy sum of all patients' vectors, (``feature_map.length(num_classes)``,).
+        noise_stddev: of each of its coordinates; 0 without privacy.
+        device: where to compute.
+        seed: of latents and of which features are held back.
+        steps: the most generator steps; the learning rate falls over them.
+
+    Returns:
+        The state after one more round, and what happened.
+    """
+    random = torch.Generator().manual_seed(seed)
+    released = _released(study, feature_map, total, noise_stddev, device)
+    order = torch.randperm(feature_map.num_features, generator=random).to(device)
+    num_held = round(HELD_BACK * len(order))
+    held, used = order[:num_held], order[num_held:]
+    trainer = _Trainer(study, state, feature_map, device, random, steps)
+    start = trainer.average_means()
+    prior = start if study.gan.warm_start != "none" else torch.zeros_like(start)
+    pull = _pull(study, state, feature_map, released, prior, used, device)
+    before = best = _residual(released, start, held)
+    kept, best_step, made, waited, stopped = state.generator_average, 0, 0, 0, "steps"
+    best_means = start
+    for step in range(1, steps + 1):
+        trainer.step(pull, released.share)
+        made = step
+        progress.report(step, steps)
+        if step * CHECKS // steps == (step - 1) * CHECKS // steps:
+            continue
+        means = trainer.average_means()
+        residual, waited = _residual(released, means, held), waited + 1
+        if residual < best:
+            kept, best_means, best, best_step, waited = trainer.average(), means, residual, step, 0
+        if waited == PATIENCE:
+            stopped = "no improvement"
+            break
+    # The noise moves the difference of two residuals by its scalar product with the difference of the means.
+    moved = ((best_means - start)[:, held].pow(2).sum(dim=1) * (released.share * released.noise_stddev) ** 2).sum()
+    if before - best <= SURELY * 2 * float(moved.sqrt()):
+        kept, best, best_step, stopped = state.generator_average, before, 0, "noise"
+    noise_energy = float((released.share * released.noise_stddev**2).sum()) * feature_map.num_features
+    distance = float((released.share * (released.means - prior).pow(2).sum(dim=1)).sum())
+    record = MomentsRecord(
+        features=feature_map.num_features,
+        noise_share=noise_energy / max(distance, 1e-12),
+        steps=made,
+        best_step=best_step,
+        stopped=stopped,
+        residual_before=before,
+        residual_after=best,
+    )
+    return replace(state, round=state.round + 1, generator=kept.copy(), generator_average=kept.copy()), record
+
+
+@dataclass(frozen=True)
+class _Released:
+    """What the noisy sum says of each class.
+
+    Args:
+        means: (classes, D) noisy mean features.
+        noise_stddev: (classes,) of each coordinate of a class's means.
+        share: (classes,) share of the patients; they sum to 1.
+    """
+
+    means: Tensor
+    noise_stddev: Tensor
+    share: Tensor
+
+
+def _released(
+    study: StudyConfig, feature_map: FeatureMap, total: NDArray[np.float64], noise_stddev: float, device: torch.device
+) -> _Released:
+    sums = torch.from_numpy(total.reshape(study.image.num_classes, -1))
+    counts = _label_counts(sums[:, -1] / LABEL_WEIGHT, noise_stddev / LABEL_WEIGHT)
+    scale = (counts * (1 - LABEL_WEIGHT**2) ** 0.5)[:, None]
+    means, noise = (sums[:, :-1] / scale).float(), (noise_stddev / scale)[:, 0].float()
+    return _Released(means.to(device), noise.to(device), (counts / counts.sum()).float().to(device))
+
+
+def _label_counts(noisy: Tensor, noise_stddev: float) -> Tensor:
+    """Counts, shrunk toward their mean as far as their differences are the noise's, and at least one image's worth."""
+    mean = noisy.mean()
+    difference = noisy - mean
+    expected = (len(noisy) - 1) * noise_stddev**2
+    counts = mean + difference * (1 - expected / difference.pow(2).sum().clamp(min=1e-12)).clamp(min=0)
+    return counts.clamp(min=max(1.0, noise_stddev))
+
+
+class _Trainer:
+    """The generator, its optimizer and its average."""
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        state: GanState,
+        feature_map: FeatureMap,
+        device: torch.device,
+        random: torch.Generator,
+        steps: int,
+    ) -> None:
+        self.study, self.feature_map, self.device, self.random, self.steps = study, feature_map, device, random, steps
+        self.generator = _generator(study, state.generator_average, device)
+        self.averaged = _generator(study, state.generator_average, device)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.99))
+        num_classes = study.image.num_classes
+        batch = min(max(IMAGES_A_CLASS * num_classes, SMALLEST_BATCH), LARGEST_BATCH)
+        self.labels = torch.arange(num_classes, device=device).repeat_interleave(max(2, batch // num_classes))
+        self.check_latent = torch.randn(CHECK_IMAGES, study.gan.latent_size, generator=random).to(device)
+        self.made = 0
+        with torch.no_grad():
+            self.last_means = self._means()
+
+    def step(self, pull: "_Pull", share: Tensor) -> None:
+        """One step down the squared distance of the means from the target."""
+        done = self.made / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (self.made + 1) / WARM_UP, 2 * (1 - done) + 0.02)
+        means = self._means()
+        # The residual is of the batch before: independent of this batch, so that the product of the two estimates the
+        # squared distance without bias, and each batch serves twice.
+        loss = 2 * (share[:, None] * pull(self.last_means) * means).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.last_means = means.detach()
+        self.made += 1
+        decay = min(AVERAGE_DECAY, self.made / (self.made + 5))
+        with torch.no_grad():
+            pairs = zip(self.averaged.parameters(), self.generator.parameters(), strict=True)
+            for average, parameter in pairs:
+                average.lerp_(parameter, 1 - decay)
+
+    def average(self) -> Vector:
+        return to_vector(self.averaged)
+
+    def average_means(self) -> Tensor:
+        """Mean features of the averaged generator, (classes, D), always of the same latents."""
+        count = max(128, CHECK_IMAGES // self.study.image.num_classes)
+        means = []
+        with torch.no_grad():
+            for label in range(self.study.image.num_classes):
+                parts = torch.split(self.check_latent[:count], 128)
+                images = (self.averaged(part, torch.full((len(part),), label, device=self.device)) for part in parts)
+                means.append(torch.stack([self.feature_map(part).sum(dim=0) for part in images]).sum(dim=0) / count)
+        return torch.stack(means)
+
+    def _means(self) -> Tensor:
+        latent = torch.randn(len(self.labels), self.study.gan.latent_size, generator=self.random).to(self.device)
+        features = self.feature_map(self.generator(latent, self.labels))
+        num_classes = self.study.image.num_classes
+        return features.view(num_classes, -1, features.shape[1]).mean(dim=1)  # (classes * n, D) -> (classes, D)
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """Residual of means, (classes, D), weighted by how much of the signal along each component is no noise.
+
+    Args:
+        target: (classes, used) shrunk means.
+        basis: (components, used) orthonormal rows.
+        weights: (components + 1,) in [0, 1], the last one for what is orthogonal to the basis.
+        used: (used,) indices of the features that are not held back.
+    """
+
+    target: Tensor
+    basis: Tensor
+    weights: Tensor
+    used: Tensor
+
+    def __call__(self, means: Tensor) -> Tensor:
+        residual = means[:, self.used] - self.target
+        rest = self.weights[-1]
+        weighted = rest * residual + (residual @ self.basis.T * (self.weights[:-1] - rest)) @ self.basis
+        return torch.zeros_like(means).index_copy_(1, self.used, weighted)
+
+
+def _pull(
+    study: StudyConfig,
+    state: GanState,
+    feature_map: FeatureMap,
+    released: _Released,
+    prior: Tensor,
+    used: Tensor,
+    device: torch.device,
+) -> _Pull:
+    """Shrink the released means toward the prior, band by band of principal components of varied public images.
+
+    What all classes have in common is shrunk apart from what sets them apart, as its noise is smaller.
+    """
+    images, random = _public_images(study, state, device)
+    varied = torch.cat([feature_map(part)[:, used] for part in torch.split(varied_images(images, random), 128)])
+    basis = _principal_components(varied)
+    difference, share, noise = (released.means - prior)[:, used], released.share, released.noise_stddev
+    common = (share[:, None] * difference).sum(dim=0)
+    common_variance = float((share * noise).pow(2).sum())
+    shrunk, weights = _shrink(common, common_variance, basis)
+    target = prior[:, used] + shrunk
+    for label in range(len(share) if len(share) > 1 else 0):
+        variance = float(noise[label] ** 2 * (1 - 2 * share[label])) + common_variance
+        own, own_weights = _shrink(difference[label] - common, variance, basis)
+        target[label] += own
+        weights = torch.maximum(weights, own_weights)
+    return _Pull(target, basis, weights, used)
+
+
+def _principal_components(features: Tensor) -> Tensor:
+    """Orthonormal rows, strongest first, from (n, used) by the n x n Gram matrix, as n is smaller."""
+    centred = features - features.mean(dim=0)
+    values, vectors = torch.linalg.eigh((centred @ centred.T).double())
+    keep = values > 1e-6 * values[-1]
+    components: Tensor = (vectors[:, keep] / values[keep].sqrt()).T.float() @ centred
+    return components.flip(0)
+
+
+def _shrink(difference: Tensor, variance: float, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive-part James-Stein (Efron and Morris 1973) in each band, and the factor of each component and the rest."""
+    along = basis @ difference
+    rest = difference - along @ basis
+    factors = torch.ones(len(basis) + 1, device=basis.device)
+    for band in _bands(len(basis)):
+        factors[band] = _stein_factor(along[band], band.stop - band.start, variance)
+    factors[-1] = _stein_factor(rest, len(difference) - len(basis), variance)
+    return (along * factors[:-1]) @ basis + rest * factors[-1], factors
+
+
+def _stein_factor(part: Tensor, dimensions: int, variance: float) -> float:
+    energy = float(part.pow(2).sum())
+    return max(0.0, 1 - max(0, dimensions - 2) * variance / energy) if energy > 0 else 0.0
+
+
+def _bands(count: int) -> Iterator[slice]:
+    """0 to 4, to 8, to 16 ... ``count``: components of similar strength."""
+    start, stop = 0, FIRST_BAND
+    while start < count:
+        yield slice(start, min(stop, count))
+        start, stop = stop, 2 * stop
+
+
+def _residual(released: _Released, means: Tensor, held: Tensor) -> float:
+    """Squared distance on the held-back features, less the noise's expected share: unbiased."""
+    distance = (means - released.means)[:, held].pow(2).sum(dim=1) - len(held) * released.noise_stddev**2
+    return float((released.share * distance).sum())
+
+
+def _generator(study: StudyConfig, vector: Vector, device: torch.device) -> torch.nn.Module:
+    network = networks.build_generator(study)
+    load_vector(network, vector)
+    return network.to(device)
+
+
+def _raw(feature_map: FeatureMap, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([feature_map.raw(part) for part in torch.split(images, 128)])
+
+
+def _public_images(study: StudyConfig, state: GanState, device: torch.device) -> tuple[Tensor, torch.Generator]:
+    """Images that cost nothing: of the current generator, or generic ones while there is none worth looking at."""
+    random = torch.Generator().manual_seed(study.seed)
+    if study.gan.warm_start == "none":
+        return generic_images(NUM_PUBLIC, study.image.size, random).to(device), random
+    generator = _generator(study, state.generator_average, device)
+    latent = torch.randn(NUM_PUBLIC, study.gan.latent_size, generator=random).to(device)
+    labels = torch.arange(NUM_PUBLIC, device=device) % study.image.num_classes
+    with torch.no_grad():
+        images = [generator(*part) for part in zip(torch.split(latent, 128), torch.split(labels, 128), strict=True)]
+    return torch.cat(images), random
+
+
+def generic_images(count: int, size: int, random: torch.Generator) -> Tensor:
+    """Soft blobs and strokes on a dark ground: (count, 1, size, size) in [-1, 1]."""
+    ramp = torch.linspace(-1, 1, size)
+    border = 2 * (ramp[:, None] ** 2 + ramp**2)
+    images = []
+    for start in range(0, count, 50):
+        cells = int(torch.randint(3, 9, (), generator=random))
+        coarse = torch.randn(min(50, count - start), 1, cells, cells, generator=random)
+        field = functional.interpolate(coarse, size=(size, size), mode="bicubic")
+        field = field / field.std(dim=(1, 2, 3), keepdim=True)
+        is_stroke = bool(torch.rand((), generator=random) < 0.5)
+        images.append(torch.tanh(3 * ((0.3 - field.abs() if is_stroke else field - 0.3) - border)))
+    return torch.cat(images)
+
+
+def varied_images(images: Tensor, random: torch.Generator) -> Tensor:
+    """The images, (n, channels, rows, columns), as other scanners and heads might have made them.
+
+    Each has its own gamma, contrast, sharpness, zoom and place. How hospitals differ from public images is mostly of
+    this kind, so the first principal components of varied images hold most of what there is to learn.
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(count, 1, 1, 1, generator=random)).to(images.device)
+
+    grey = (images + 1).clamp(min=0) / 2
+    grey = grey ** torch.exp(uniform(-0.7, 0.7)) * uniform(0.7, 1.2)
+    grey = grey + uniform(-0.5, 1.0) * (functional.avg_pool2d(grey, 3, 1, 1) - grey)
+    place = torch.zeros(count, 2, 3, device=images.device)
+    place[:, 0, 0], place[:, 1, 1] = uniform(0.88, 1.12).flatten(), uniform(0.88, 1.12).flatten()
+    place[:, :, 2] = 0.08 * torch.randn(count, 2, generator=random).to(images.device)
+    grid = functional.affine_grid(place, list(grey.shape), align_corners=False)
+    return (2 * functional.grid_sample(grey, grid, align_corners=False) - 1).clamp(-1, 1)

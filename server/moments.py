@@ -31,8 +31,8 @@ LEARNING_RATE = 1e-3
 WARM_UP = 20  # steps, while Adam's second moments settle
 AVERAGE_DECAY = 0.98
 HELD_BACK = 0.2  # of the coordinates
-SURELY = 2.0  # standard deviations by which the held-back residual must beat the start's
-CHECKS, PATIENCE = 12, 4  # looks at the held-back residual; so many in a row without a new best end the fit
+SURELY = 2.0  # standard deviations by which one held-back residual must beat another to be believed
+CHECKS, PATIENCE = 12, 2  # looks at the held-back residual; so many in a row that are surely worse end the fit
 CHECK_IMAGES = 1024  # a class or fewer, so that a check costs as much as a few steps
 FIRST_BAND = 4  # principal components in the first band; each further one doubles how many are in front of its end
 
@@ -44,8 +44,8 @@ class MomentsRecord:
     Attributes:
         features: number of features, D.
         noise_share: energy of the noise in the released means, as a share of their whole distance from the start.
-        steps: generator steps made; ``best_step`` is the one whose average was kept, 0 for the start.
-        stopped: why the fit ended: ``steps``, ``no improvement`` or ``noise``, when nothing was surely better.
+        steps: generator steps made; ``kept_step`` is the one whose average was kept, 0 for the start.
+        stopped: why the fit ended: ``steps``, ``no improvement``, or ``noise`` when nothing surely beat the start.
         residual_before, residual_after: squared distance of the generator's means from the patients' on the held-back
             features, without the noise's share; unbiased, so it can be negative.
     """
@@ -53,7 +53,7 @@ class MomentsRecord:
     features: int
     noise_share: float
     steps: int
-    best_step: int
+    kept_step: int
     stopped: str
     residual_before: float
     residual_after: float
@@ -121,38 +121,38 @@ def fit(
     start = trainer.average_means()
     prior = start if study.gan.warm_start != "none" else torch.zeros_like(start)
     pull = _pull(study, state, feature_map, released, prior, used, device)
-    before = best = _residual(released, start, held)
-    kept, best_step, made, waited, stopped = state.generator_average, 0, 0, 0, "steps"
-    best_means = start
+    first = best = last = _Checked(0, state.generator_average, start, _residual(released, start, held))
+    worse, stopped = 0, "steps"
     for step in range(1, steps + 1):
         trainer.step(pull, released.share)
-        made = step
         progress.report(step, steps)
         if step * CHECKS // steps == (step - 1) * CHECKS // steps:
             continue
         means = trainer.average_means()
-        residual, waited = _residual(released, means, held), waited + 1
-        if residual < best:
-            kept, best_means, best, best_step, waited = trainer.average(), means, residual, step, 0
-        if waited == PATIENCE:
+        last = _Checked(step, trainer.average(), means, _residual(released, means, held))
+        best = min(best, last, key=lambda checked: checked.residual)
+        worse = worse + 1 if _surely_better(released, held, best, last) else 0
+        if worse == PATIENCE:
             stopped = "no improvement"
             break
-    # The noise moves the difference of two residuals by its scalar product with the difference of the means.
-    moved = ((best_means - start)[:, held].pow(2).sum(dim=1) * (released.share * released.noise_stddev) ** 2).sum()
-    if before - best <= SURELY * 2 * float(moved.sqrt()):
-        kept, best, best_step, stopped = state.generator_average, before, 0, "noise"
+    # Later averages are the smoother, and the noise alone makes one of many look best: only a sure lead is believed.
+    kept = best if _surely_better(released, held, best, last) else last
+    if not _surely_better(released, held, kept, first):
+        kept, stopped = first, "noise"
     noise_energy = float((released.share * released.noise_stddev**2).sum()) * feature_map.num_features
     distance = float((released.share * (released.means - prior).pow(2).sum(dim=1)).sum())
     record = MomentsRecord(
         features=feature_map.num_features,
         noise_share=noise_energy / max(distance, 1e-12),
-        steps=made,
-        best_step=best_step,
+        steps=last.step,
+        kept_step=kept.step,
         stopped=stopped,
-        residual_before=before,
-        residual_after=best,
+        residual_before=first.residual,
+        residual_after=kept.residual,
     )
-    return replace(state, round=state.round + 1, generator=kept.copy(), generator_average=kept.copy()), record
+    return replace(
+        state, round=state.round + 1, generator=kept.generator.copy(), generator_average=kept.generator.copy()
+    ), record
 
 
 @dataclass(frozen=True)
@@ -345,6 +345,25 @@ def _residual(released: _Released, means: Tensor, held: Tensor) -> float:
     return float((released.share * distance).sum())
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """An average on the way: the step, its parameters, mean features (classes, D), and residual on held-back ones."""
+
+    step: int
+    generator: Vector
+    means: Tensor
+    residual: float
+
+
+def _surely_better(released: _Released, held: Tensor, one: _Checked, other: _Checked) -> bool:
+    """Whether the first residual is smaller by more than the noise explains.
+
+    The noise moves the difference of two residuals by twice its scalar product with the difference of the means.
+    """
+    moved = (one.means - other.means)[:, held].pow(2).sum(dim=1) * (released.share * released.noise_stddev).pow(2)
+    return other.residual - one.residual > SURELY * 2 * float(moved.sum().sqrt())
+
+
 def _generator(study: StudyConfig, vector: Vector, device: torch.device) -> torch.nn.Module:
     network = networks.build_generator(study)
     load_vector(network, vector)
@@ -374,11 +393,11 @@ def generic_images(count: int, size: int, random: torch.Generator) -> Tensor:
     ramp = torch.linspace(-1, 1, size)
     border = 2 * (ramp[:, None] ** 2 + ramp**2)
     images = []
-    for start in range(0, count, 50):
+    for _ in range(count):
         cells = int(torch.randint(3, 9, (), generator=random))
-        coarse = torch.randn(min(50, count - start), 1, cells, cells, generator=random)
+        coarse = torch.randn(1, 1, cells, cells, generator=random)
         field = functional.interpolate(coarse, size=(size, size), mode="bicubic")
-        field = field / field.std(dim=(1, 2, 3), keepdim=True)
+        field = field / field.std()
         is_stroke = bool(torch.rand((), generator=random) < 0.5)
         images.append(torch.tanh(3 * ((0.3 - field.abs() if is_stroke else field - 0.3) - border)))
     return torch.cat(images)

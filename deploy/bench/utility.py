@@ -142,7 +142,8 @@ def _images_of(cell: Cell, study: StudyConfig, data: Data, device: torch.device)
 def _write_pictures(folder: Path, cell: Cell, synthetic: Synthetic, data: Data, study: StudyConfig) -> None:
     rows = max(4, study.image.num_classes)
     if cell.algorithm == OTHERS:
-        write_grid(folder, f"{cell.data},real", _by_label(data.test, data.test_labels, rows))
+        mixed = np.random.default_rng(0).permutation(len(data.test))  # of all sites
+        write_grid(folder, f"{cell.data},real", _by_label(data.test[mixed], data.test_labels[mixed], rows))
     write_grid(folder, cell.name, _by_label(synthetic.images, synthetic.labels, rows))
 
 

@@ -88,7 +88,7 @@ def study_for(cell: Cell, training_patients: dict[str, int]) -> StudyConfig:
     phases = _phases(cell)
     with_local = any(phase["algorithm"] == "local" for phase in phases)
     batch = _BATCH[cell.table]
-    sampling = min(0.5, batch / smallest) if with_local else min(0.5, 2 * batch / total)
+    sampling = min(0.5, batch / (smallest if with_local else total))
     privacy: dict[str, Any] = {"sampling_probability": sampling, "delta": 1e-5 if total <= 5000 else 1e-6}
     privacy |= {"enabled": False} if cell.epsilon is None else {"epsilon": cell.epsilon}
     federation = {
@@ -98,7 +98,8 @@ def study_for(cell: Cell, training_patients: dict[str, int]) -> StudyConfig:
         # One site has nobody to add its sum to, and makes the whole noise.
         "aggregation": "secure" if sites > 1 else "plain",
     }
-    return study.with_changes("privacy", **privacy).with_changes("federation", **federation)
+    changed = study.with_changes("privacy", **privacy).with_changes("federation", **federation)
+    return changed.with_changes("gan", **_STEPS.get(cell.algorithm, {}))
 
 
 def contract_for(training_patients: int) -> int:
@@ -175,7 +176,7 @@ BASES: dict[str, dict[str, Any]] = {
     PHANTOMS: {
         "image": {"size": 32, "label_column": "group", "labels": ["healthy", "lesion"]},
         "gan": _WARM,
-        "privacy": {"images_per_patient": 4},
+        "privacy": {"images_per_patient": 2},
     },
     MNIST: _DIGITS,
     FASHION: _DIGITS,
@@ -191,4 +192,10 @@ BASES: dict[str, dict[str, Any]] = {
     },
 }
 _BATCH: dict[Table, int] = {"phantoms": 128, "records": 256, "real": 128}
-"""Patients that a step draws on average at each site (``local``), and half of those at all sites (``joint``)."""
+"""Patients that a step draws on average: at each site (``local``), or at all sites together (``joint``)."""
+_STEPS: dict[str, dict[str, Any]] = {
+    # Measured at 2000 phantom patients, epsilon 8: distance 2.3, against 3.1 at a rate of 2e-4.
+    JOINT: {"discriminator_steps_per_generator_step": 1, "generator_learning_rate": 5e-4},
+    # After moments the generator is nearly right: it should move little.
+    BOTH: {"discriminator_steps_per_generator_step": 3, "generator_learning_rate": 5e-5},
+}

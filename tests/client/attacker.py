@@ -266,7 +266,7 @@ class Attacker:
         return ConfirmSurvivorsRequest(self.sites.study_digest, self.number, tuple(survivors))
 
     def unmask(self, confirmations: Mapping[str, bytes]) -> UnmaskRequest:
-        return UnmaskRequest(self.sites.study_digest, self.number, dict(confirmations))
+        return UnmaskRequest(self.sites.study_digest, self.number, dict(confirmations), next_round=1)
 
     def refused(self, name: str, request: Request, code: str) -> None:
         """The site refuses with this code."""

@@ -741,7 +741,7 @@ def test_a_newer_attempt_ends_the_one_before(attacker: Attacker) -> None:
 ALLOWED = {"bad_peer", "out_of_order", "too_few_survivors"}
 # What a site is to train from is the server's to say: another round or state is another question, not a forgery. A
 # shorter list of survivors is the server's to say as well; any other change of it is not.
-FREE = {("masked_input", "round"), ("advertise_keys", "attempt")}
+FREE = {("masked_input", "round"), ("advertise_keys", "attempt"), ("unmask", "next_round")}
 
 
 def bit_flipped(value: Any, draw: Callable[[Any], Any]) -> Any:

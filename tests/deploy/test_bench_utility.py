@@ -281,12 +281,15 @@ class TestReport:
         values = {0: 1.0, 1: 2.0, 2: 3.0}
         for seed, value in values.items():
             utility_results.append(tmp_path, a_result(a_cell(seed=seed), value))
-        utility_results.append(tmp_path, a_result(a_cell(algorithm=MOMENTS), 0.5))
+        references = [Cell("phantoms", "phantoms", 0, None, 0, name, 0) for name in (OTHERS, WARM_START)]
+        once = [*references, a_cell(algorithm=MOMENTS), a_cell(algorithm=NOT_PRIVATE, epsilon=None)]
+        for cell, value in zip(once, (0.1, 9.0, 0.5, 0.2), strict=True):
+            utility_results.append(tmp_path, a_result(cell, value))
         text = utility_report.write_report(tmp_path, seeds=3)
         [line] = [line for line in text.splitlines() if line.startswith("| 600 | 8 | 5 |")]
-        # other patients, warm start, local, joint, moments, moments + joint, without privacy
         entries = [entry.strip() for entry in line.strip("|").split("|")]
-        assert entries == ["600", "8", "5", "-", "-", "2.00 ± 1.00", "-", "0.50 (1 of 3)", "-", "-"]
+        assert entries[3:5] == ["0.10 (1 of 3)", "9.00 (1 of 3)"]  # other patients and warm start, on every line
+        assert entries[5:] == ["2.00 ± 1.00", "-", "0.50 (1 of 3)", "-", "0.20 (1 of 3)"]
         assert (tmp_path / utility_report.MARKDOWN).read_text() == text
 
     def test_a_result_of_other_settings_is_not_of_this_table(self, tmp_path: Path) -> None:

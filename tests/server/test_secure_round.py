@@ -30,10 +30,10 @@ from common.messages import (
 )
 from common.privacy.accounting import Budget
 from common.secagg.neighbours import threshold_of
-from server.aggregation import GanState, aggregate
+from server.aggregation import AggregateUpdate, GanState, aggregate
 from server.channel import MALFORMED, NO_ANSWER
-from server.round import RoundOutcome
-from server.secure_round import SecureRounds
+from server.round import Charge, SumOutcome, WantedSum
+from server.secure_round import SecureSums
 from tests.client.secure_sites import STAGE_OF
 from tests.client.sites import account_in
 from tests.consortium import members_of, names_of
@@ -159,8 +159,16 @@ class Network:
 
         return serve
 
-    def rounds(self) -> SecureRounds:
-        return SecureRounds(self.study, self, self.enrolled())
+    def rounds(self) -> Callable[[GanState, Charge], SumOutcome]:
+        """What makes one attempt at the sum of the updates of the round after a state."""
+        sums, study = SecureSums(self.study, self, self.enrolled()), self.study
+
+        def run(state: GanState, charge: Charge) -> SumOutcome:
+            request = TrainRequest(study.digest, state.round + 1, state.generator, state.discriminator)
+            length = len(state.generator) + len(state.discriminator)
+            return sums.sum(WantedSum(request, length, study.encoding), charge)
+
+        return run
 
     def asked(self, stage: str) -> list[dict[str, Request]]:
         """The requests of this kind, of each question that has any."""
@@ -170,13 +178,13 @@ class Network:
         ]
         return [requests for requests in found if requests]
 
-    def check(self, outcome: RoundOutcome, sites: Sequence[str]) -> None:
+    def check(self, outcome: SumOutcome, sites: Sequence[str]) -> None:
         """The outcome is the sum of the updates of exactly these sites."""
-        assert outcome.update is not None, outcome.failure
+        assert outcome.total is not None, outcome.failure
         assert outcome.failure == ""
-        assert outcome.answered == outcome.update.sites == tuple(sorted(sites))
+        assert outcome.answered == tuple(sorted(sites))
         expected = sum(self.updates[name] * self.study.site_weight(name) for name in sites)
-        np.testing.assert_allclose(outcome.update.total, expected, rtol=0, atol=len(sites) * 2.0**-15 + 1e-6)
+        np.testing.assert_allclose(outcome.total, expected, rtol=0, atol=len(sites) * 2.0**-15 + 1e-6)
 
 
 def ignore(names: tuple[str, ...]) -> None:
@@ -192,9 +200,9 @@ def without(*names: str) -> list[str]:
 
 def test_the_first_round_has_five_exchanges_and_every_other_four(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path)
-    rounds = network.rounds()
+    run = network.rounds()
     for number in range(3):
-        network.check(rounds.run(state_of(number), ignore), FIVE)
+        network.check(run(state_of(number), ignore), FIVE)
     assert [question.group for question in network.questions] == [
         "1/advertise_keys",
         *("1/share_keys", "1", "1/confirm_survivors", "1/unmask"),
@@ -208,7 +216,7 @@ def test_the_first_round_has_five_exchanges_and_every_other_four(tmp_path: Path)
 def test_every_stage_has_the_studys_time(tmp_path: Path) -> None:
     study = study_of(round_timeout_seconds=900.0).with_changes("secure_aggregation", stage_timeout_seconds=7.0)
     network = Network(study, tmp_path)
-    network.rounds().run(state_of(), ignore)
+    network.rounds()(state_of(), ignore)
     assert {question.group: question.timeout_seconds for question in network.questions} == {
         "1/advertise_keys": 7.0,
         "1/share_keys": 7.0,
@@ -221,7 +229,7 @@ def test_every_stage_has_the_studys_time(tmp_path: Path) -> None:
 def test_training_is_announced_once_with_the_sites_that_will_be_asked(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path, faults={(FIRST, "share_keys"): gone})
     announced: list[tuple[tuple[str, ...], int]] = []
-    network.rounds().run(state_of(), lambda names: announced.append((names, len(network.asked("masked_input")))))
+    network.rounds()(state_of(), lambda names: announced.append((names, len(network.asked("masked_input")))))
     assert announced == [(tuple(FIVE[1:]), 0)]
     (asked,) = network.asked("masked_input")
     assert tuple(asked) == tuple(FIVE[1:])
@@ -229,16 +237,16 @@ def test_training_is_announced_once_with_the_sites_that_will_be_asked(tmp_path: 
 
 def test_attempts_go_on_where_the_sites_newest_one_was(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path)
-    rounds = network.rounds()
+    run = network.rounds()
     for number in range(2):
-        rounds.run(state_of(number), ignore)
+        run(state_of(number), ignore)
     assert {site.last_attempt for site in network.enrolled().values()} == {3}  # keys for the third are out already
 
     network.faults = {(name, "advertise_keys"): gone for name in FIVE[:4]}  # one site is ahead of the others
-    network.rounds().run(state_of(2), ignore)
+    network.rounds()(state_of(2), ignore)
     assert [site.last_attempt for site in network.enrolled().values()] == [3, 3, 3, 3, 4]
     network.faults, network.questions = {}, []
-    network.check(network.rounds().run(state_of(2), ignore), FIVE)
+    network.check(network.rounds()(state_of(2), ignore), FIVE)
     assert {request.attempt for request in network.asked("advertise_keys")[0].values()} == {5}  # type: ignore[union-attr]
 
 
@@ -247,9 +255,9 @@ def test_the_mean_is_the_one_computed_by_hand(weights: str, tmp_path: Path) -> N
     """Contracts of 10, 20, ... patients; one site falls out, and its weight with it."""
     network = Network(study_of(weights=weights), tmp_path, faults={(FIVE[4], "masked_input"): gone})
     state = state_of()
-    outcome = network.rounds().run(state, ignore)
-    assert outcome.update is not None
-    new = aggregate(network.study, state, outcome.update)
+    outcome = network.rounds()(state, ignore)
+    assert outcome.total is not None
+    new = aggregate(network.study, state, AggregateUpdate(outcome.total, outcome.answered))
     weight = {"equal": [1, 1, 1, 1], "contracted": [10, 20, 30, 40]}[weights]
     mean = np.average([network.updates[name] for name in FIVE[:4]], axis=0, weights=weight)
     bound = 4 * 2.0**-15 / (4 if weights == "equal" else (10 + 20 + 30 + 40) / 50) + 1e-6
@@ -303,53 +311,53 @@ def test_a_round_goes_on_without_a_site_that_fails_and_the_site_comes_back(
     stage: str, fault: Fault, tmp_path: Path
 ) -> None:
     network = Network(study_of(), tmp_path, faults={(FIRST, stage): fault})
-    rounds = network.rounds()
-    outcome = rounds.run(state_of(0), ignore)
+    run = network.rounds()
+    outcome = run(state_of(0), ignore)
     network.check(outcome, FIVE if stage in ("confirm_survivors", "unmask") else without(FIRST))
     assert outcome.refusals == {FIRST: FAULTS[fault]}
 
     network.faults = {}
     # Whoever fell out before training was asked for new keys meanwhile, in this same round.
     back_at_once = stage == "share_keys"
-    outcome = rounds.run(state_of(1), ignore)
+    outcome = run(state_of(1), ignore)
     network.check(outcome, FIVE if back_at_once else without(FIRST))
     assert outcome.refusals == {}
-    network.check(rounds.run(state_of(2), ignore), FIVE)
+    network.check(run(state_of(2), ignore), FIVE)
     assert len(network.asked("advertise_keys")) == (3 if stage == "advertise_keys" else 2)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_site_that_answers_twice_is_in_the_sum_once(stage: str, tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path, faults={(FIRST, stage): lambda serve: [serve()] * 2})
-    rounds = network.rounds()
-    outcome = rounds.run(state_of(), ignore)
+    run = network.rounds()
+    outcome = run(state_of(), ignore)
     network.check(outcome, FIVE)
     assert outcome.refusals == {FIRST: MALFORMED}
     network.faults = {}
-    network.check(rounds.run(state_of(1), ignore), FIVE)
+    network.check(run(state_of(1), ignore), FIVE)
 
 
 def test_nobody_waits_for_a_site_that_is_away_once_the_others_have_trained(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path, faults={(FIRST, "masked_input"): gone}, slowest=(FIRST,))
-    rounds = network.rounds()
-    rounds.run(state_of(0), ignore)
+    run = network.rounds()
+    run(state_of(0), ignore)
     network.faults = {(FIRST, "advertise_keys"): gone}
     network.waited_for.clear()
-    network.check(rounds.run(state_of(1), ignore), without(FIRST))
+    network.check(run(state_of(1), ignore), without(FIRST))
     assert {type(request) for request in network.asked("advertise_keys")[-1].values()} == {AdvertiseKeysRequest}
     assert list(network.asked("advertise_keys")[-1]) == [FIRST]
     assert FIRST not in network.waited_for
 
     network.faults, network.slowest = {}, ()  # it is back, and answers while the others train
-    network.check(rounds.run(state_of(2), ignore), without(FIRST))
-    network.check(rounds.run(state_of(3), ignore), FIVE)
+    network.check(run(state_of(2), ignore), without(FIRST))
+    network.check(run(state_of(3), ignore), FIVE)
 
 
 def test_a_site_that_may_be_back_is_asked_before_those_that_train(tmp_path: Path) -> None:
     """Its answer is quick. Where sites share a machine it would come too late behind the others' training."""
     last = FIVE[4]
     network = Network(study_of(), tmp_path, faults={(last, "share_keys"): gone})
-    network.rounds().run(state_of(0), ignore)
+    network.rounds()(state_of(0), ignore)
     (training,) = [question for question in network.questions if MaskedInputRequest in question.kinds]
     assert [name for name, request in training.requests.items() if isinstance(request, AdvertiseKeysRequest)] == [last]
     assert next(iter(training.requests)) == last
@@ -361,20 +369,20 @@ def test_wrong_keys_for_the_next_attempt_cost_only_the_next_attempt(tmp_path: Pa
         return [replace(reply, next_keys=replace(reply.next_keys, signature=bytes(64)))]
 
     network = Network(study_of(), tmp_path, faults={(FIRST, "unmask"): with_wrong_keys})
-    rounds = network.rounds()
-    outcome = rounds.run(state_of(0), ignore)
+    run = network.rounds()
+    outcome = run(state_of(0), ignore)
     network.check(outcome, FIVE)
     assert outcome.refusals == {FIRST: MALFORMED}
     network.faults = {}
-    network.check(rounds.run(state_of(1), ignore), without(FIRST))
-    network.check(rounds.run(state_of(2), ignore), FIVE)
+    network.check(run(state_of(1), ignore), without(FIRST))
+    network.check(run(state_of(2), ignore), FIVE)
 
 
 def charge_all(site: SecureSite) -> None:
     """Everything that the study planned."""
     account = site.accountant()
     assert account is not None
-    release = Release(site.study.digest, "", "run", 1, account.plan.mechanism, 1.0)
+    release = Release(site.study.digest, "", "run", 1, account.phase(1).mechanism, 1.0)
     account.ledger.charge(account.data_set, release, Budget(1e6, 1e-5))
 
 
@@ -386,9 +394,9 @@ def test_a_site_that_has_spent_all_gives_no_more_keys(tmp_path: Path) -> None:
             charge_all(site)
 
     network.charge = charge
-    rounds = network.rounds()
-    network.check(rounds.run(state_of(0), ignore), FIVE)
-    outcome = rounds.run(state_of(1), ignore)
+    run = network.rounds()
+    network.check(run(state_of(0), ignore), FIVE)
+    outcome = run(state_of(1), ignore)
     network.check(outcome, without(FIRST))
     assert outcome.refusals == {FIRST: "budget_exhausted"}
 
@@ -396,11 +404,11 @@ def test_a_site_that_has_spent_all_gives_no_more_keys(tmp_path: Path) -> None:
 def test_when_all_have_spent_all_the_round_says_so_before_training(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path)
     network.charge = charge_all
-    rounds = network.rounds()
-    network.check(rounds.run(state_of(0), ignore), FIVE)
+    run = network.rounds()
+    network.check(run(state_of(0), ignore), FIVE)
     announced: list[tuple[str, ...]] = []
-    outcome = rounds.run(state_of(1), announced.append)
-    assert outcome.update is None
+    outcome = run(state_of(1), announced.append)
+    assert outcome.total is None
     assert outcome.refusals == dict.fromkeys(FIVE, "budget_exhausted")
     assert "ended after advertise_keys" in outcome.failure
     assert announced == []
@@ -416,10 +424,10 @@ def test_a_round_that_fails_names_the_stage_and_the_next_works(stage: str, fault
     assert threshold_of(5) == 4
     bad = FIVE[:4] if stage == "advertise_keys" else FIVE[:2]
     network = Network(study_of(), tmp_path, faults={(name, stage): fault for name in bad})
-    rounds = network.rounds()
+    run = network.rounds()
     announced: list[tuple[str, ...]] = []
-    outcome = rounds.run(state_of(), announced.append)
-    assert outcome.update is None
+    outcome = run(state_of(), announced.append)
+    assert outcome.total is None
     assert f"The secure sum of round 1 ended after {stage}:" in outcome.failure
     assert outcome.refusals == dict.fromkeys(bad, FAULTS[fault])
     trained = STAGES.index(stage) >= STAGES.index("masked_input")
@@ -431,12 +439,12 @@ def test_a_round_that_fails_names_the_stage_and_the_next_works(stage: str, fault
 
     network.faults, network.questions = {}, []
     # The same round, another attempt, without those that failed in training: they would let the others pay again.
-    network.check(rounds.run(state_of(), ignore), without(*bad) if stage == "masked_input" else FIVE)
+    network.check(run(state_of(), ignore), without(*bad) if stage == "masked_input" else FIVE)
     assert [question.group for question in network.questions][:2] == ["1/advertise_keys", "1/share_keys"]
     (number,) = {request.attempt for request in network.asked("share_keys")[0].values()}  # type: ignore[union-attr]
     assert number > 1
     network.questions = []
-    network.check(rounds.run(state_of(1), ignore), FIVE)
+    network.check(run(state_of(1), ignore), FIVE)
     assert [question.group for question in network.questions][0] == "2/share_keys"
 
 
@@ -445,10 +453,10 @@ def test_two_sites_get_over_one_lost_answer(stage: str, tmp_path: Path) -> None:
     """Two cannot do without one, but the second attempt has both: keys that were lost on the way are not in its way."""
     names = names_of(2)
     network = Network(study_of(names), tmp_path, faults={(names[0], stage): late})
-    rounds = network.rounds()
-    assert rounds.run(state_of(), ignore).update is None
+    run = network.rounds()
+    assert run(state_of(), ignore).total is None
     network.faults = {}
-    network.check(rounds.run(state_of(), ignore), names)
+    network.check(run(state_of(), ignore), names)
 
 
 def test_shares_that_nobody_can_open_end_the_round_and_not_the_next(tmp_path: Path) -> None:
@@ -458,13 +466,13 @@ def test_shares_that_nobody_can_open_end_the_round_and_not_the_next(tmp_path: Pa
         return [replace(reply, sealed={name: text[:-1] + b"\0\0" for name, text in reply.sealed.items()})]
 
     network = Network(study_of(), tmp_path, faults={(FIRST, "share_keys"): sealed_wrong})
-    rounds = network.rounds()
-    outcome = rounds.run(state_of(), ignore)
-    assert outcome.update is None
+    run = network.rounds()
+    outcome = run(state_of(), ignore)
+    assert outcome.total is None
     assert "ended after masked_input" in outcome.failure
     assert outcome.refusals == dict.fromkeys(without(FIRST), "bad_peer")
     network.faults = {}
-    network.check(rounds.run(state_of(), ignore), FIVE)
+    network.check(run(state_of(), ignore), FIVE)
 
 
 def test_a_site_that_gets_wrong_shares_does_not_train(tmp_path: Path) -> None:
@@ -479,7 +487,7 @@ def test_a_site_that_gets_wrong_shares_does_not_train(tmp_path: Path) -> None:
         return [swapped[FIRST]]
 
     network.faults = {(FIRST, "share_keys"): moved}
-    outcome = network.rounds().run(state_of(), ignore)
+    outcome = network.rounds()(state_of(), ignore)
     assert outcome.refusals == dict.fromkeys(without(FIRST), "bad_peer")
     assert trained == [FIRST]  # whose own shares from the others were right
 
@@ -487,7 +495,7 @@ def test_a_site_that_gets_wrong_shares_does_not_train(tmp_path: Path) -> None:
 def test_a_round_is_trained_from_the_shared_state(tmp_path: Path) -> None:
     network = Network(study_of(), tmp_path)
     state = replace(state_of(4), generator=np.arange(GENERATOR, dtype=np.float32))
-    network.rounds().run(state, ignore)
+    network.rounds()(state, ignore)
     (asked,) = network.asked("masked_input")
     for request in asked.values():
         assert isinstance(request, MaskedInputRequest)
@@ -499,7 +507,7 @@ def test_a_round_is_trained_from_the_shared_state(tmp_path: Path) -> None:
 def test_when_too_few_would_be_left_those_that_failed_in_training_are_asked_again(tmp_path: Path) -> None:
     names = names_of(2)
     network = Network(study_of(names), tmp_path, faults={(names[0], "masked_input"): gone})
-    rounds = network.rounds()
-    assert rounds.run(state_of(), ignore).update is None
+    run = network.rounds()
+    assert run(state_of(), ignore).total is None
     network.faults = {}
-    network.check(rounds.run(state_of(), ignore), names)
+    network.check(run(state_of(), ignore), names)

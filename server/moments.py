@@ -66,8 +66,8 @@ def make_feature_map(
 
     Args:
         study, state: the discriminator's layers are features only where there is a warm start.
-        patients: contracted training patients of all sites together.
-        noise_stddev: of each coordinate of the opened sum.
+        patients, noise_stddev: contracted training patients of all sites together, and the noise of each coordinate of
+            the opened sum. Neither changes the map yet: ``fit`` shrinks away the components that noise dominates.
         device: where to compute.
     """
     has_start = study.gan.warm_start != "none"

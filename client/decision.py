@@ -60,6 +60,7 @@ def decide(
         _algorithm_rule(policy, study),
         _outputs_rule(policy, study),
         _cohort_rule(policy, study),
+        _colluders_rule(policy, study),
         _roster_rule(policy, study),
         _patients_rule(policy, settings, study),
         _sampling_rule(policy, study),
@@ -135,6 +136,18 @@ def _cohort_rule(policy: Policy, study: StudyConfig) -> Rule:
         f"with {smallest}: this site refuses each sum over too few."
     )
     return Rule("cohort", sites >= policy.minimum_cohort, why)
+
+
+def _colluders_rule(policy: Policy, study: StudyConfig) -> Rule:
+    shared = study.privacy.enabled and study.federation.aggregation == "secure"
+    if not shared or all(phase.algorithm == "local" for phase in study.phases):
+        return Rule("colluders", True, "Not asked: every site makes all of its noise.")
+    wanted, found = policy.colluding_sites, study.privacy.colluding_sites
+    why = (
+        f"The policy asks for noise that protects though {wanted} other sites tell theirs; "
+        f"the study's does though {found} do."
+    )
+    return Rule("colluders", found >= wanted, why)
 
 
 def _roster_rule(policy: Policy, study: StudyConfig) -> Rule:

@@ -78,6 +78,7 @@ class Policy(_Table):
     Args:
         roster_digest: the consortium's roster that this site has checked and pinned; "" for none yet.
         minimum_cohort: the site joins no sum over fewer sites.
+        colluding_sites: where sites share the noise of a sum, at least so many must be able to tell theirs.
         study_digests: studies that may use the site.
         study_signers: Ed25519 public keys; a study signed by one of them may use the site as well.
         algorithms: how may be trained.
@@ -89,6 +90,7 @@ class Policy(_Table):
 
     roster_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     minimum_cohort: Annotated[int, Field(strict=True, ge=2)]
+    colluding_sites: Annotated[int, Field(strict=True, ge=0)] = 1
     study_digests: tuple[Hex64, ...] = ()
     study_signers: tuple[Hex64, ...] = ()
     algorithms: tuple[Algorithm, ...] = ()
@@ -245,7 +247,9 @@ _TEXT = """\
 # What may leave this site:
 #   "masked_updates": what was learned, hidden under a mask. The server can read only the sum over several sites.
 #   "plain_updates":  what was learned, as it is. The server can read what this site alone has learned.
-# Patients' images never leave. In studies with differential privacy both carry the noise that protects patients.
+# Patients' images never leave. In studies with differential privacy both carry the noise that protects patients. With
+# "local", and with "plain_updates", it is all this site's own. In "masked_updates" of "joint" and "moments" the sites
+# share it: this site adds a part, and relies on the others' parts (see colluding_sites below).
 {outputs}
 
 
@@ -253,6 +257,10 @@ _TEXT = """\
 
 # The smallest number of sites in a sum that this site takes part in. The more sites, the less a sum says about one.
 {minimum_cohort}
+
+# Where the sites share the noise that protects patients, some of them might tell the server their parts. A study must
+# be so careful that patients stay protected even when this many other sites do.
+{colluding_sites}
 
 # The digest of the consortium's list of sites and their keys, which this site has compared with the coordinator.
 # `synthward site pin` writes it. While it is "", this site sends no masked updates.

@@ -45,6 +45,7 @@ def policy_for(settings: SiteSettings, study: StudyConfig, roster: Roster) -> Po
     return Policy(
         roster_digest=roster.digest,
         minimum_cohort=max(2, federation.minimum_sites),
+        colluding_sites=privacy.colluding_sites,
         study_digests=(study.digest,),
         study_signers=(),
         algorithms=tuple(dict.fromkeys(phase.algorithm for phase in study.phases)),

@@ -151,7 +151,7 @@ class Exchange:
             name = self._names[node]
             code = _refusal(reply, name, takers)
             if code:
-                refusals[name] = code
+                refusals.setdefault(name, code)  # a later one, to another question, does not say what the first cost
                 logger.warning("round %d, %s: site %s takes no part: %s", round_number, stage, name, code)
             open_questions.discard(name)
             if not open_questions:

@@ -13,7 +13,7 @@ from common.noisy_sums import encoding_of, noise_for
 from common.privacy.plan import PhasePlan
 from server.aggregation import GanState
 from server.joint_trainer import JointTrainer
-from server.round import Charge, RoundOutcome, Sums, WantedSession
+from server.round import Charge, RoundOutcome, Session, Sums, WantedSession
 
 logger = logging.getLogger("synthward.server")
 
@@ -26,17 +26,18 @@ def joint_round(
     encoding = encoding_of(noise_for(study, plan, length))
     step = np.float64(2.0**-encoding.fraction_bits)
     refusals: dict[str, str] = {}
-    answered: tuple[str, ...] = ()
     made, failure = 0, ""
+    session: Session | None = None
     try:
         session = sums.session(WantedSession(number, phase.steps, length, encoding), charge, refusals)
         while made < phase.steps:
             found = session.step(trainer.discriminator)
             trainer.step(np.asarray(found.total, np.float64) * step)
-            made, answered = made + 1, found.survivors
+            made += 1
     except ProtocolError as error:
         logger.warning("round %d: ended after %d of %d steps: %s", number, made, phase.steps, error)
         failure = str(error)
+    answered = session.answered if session else ()
     if made == 0:
         return RoundOutcome(None, answered, refusals, failure)
     facts = {"joint_steps": made, "discriminator_steps_per_generator_step": trainer.rate.steps}

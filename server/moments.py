@@ -6,6 +6,7 @@ which the noise is independent of what the generator was fitted to: they choose 
 keep the start when none is surely better.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,17 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from common import progress
 from common.config import StudyConfig
 from common.gan import networks
-from common.gan.feature_map import LABEL_WEIGHT, FeatureMap, raw_feature_map
+from common.gan.feature_map import LABEL_WEIGHT, SIZES, FeatureMap, block_sizes, raw_feature_map
 from common.gan.parameters import load_vector, to_vector
 from common.messages import Vector
 from server.aggregation import GanState
+from server.public_images import public_images, varied_images
 
 NUM_PUBLIC = 1500  # images behind centre, gain and principal components; more no longer change the result
+MOST_NOISE = (math.inf, 100.0, 1.0, 0.02)
 STEPS = 400
 IMAGES_A_CLASS = 32  # of each step: small batches and many steps did better than the reverse
 SMALLEST_BATCH, LARGEST_BATCH = 64, 128
@@ -67,12 +69,13 @@ def make_feature_map(
     Args:
         study, state: the discriminator's layers are features only where there is a warm start.
         patients, noise_stddev: contracted training patients of all sites together, and the noise of each coordinate of
-            the opened sum. Neither changes the map yet: ``fit`` shrinks away the components that noise dominates.
+            the opened sum: they decide how many features there are (``map_size``).
         device: where to compute.
     """
     has_start = study.gan.warm_start != "none"
-    raw = raw_feature_map(study, 2, study.seed, state.discriminator if has_start else state.discriminator[:0])
-    images, _ = _public_images(study, state, device)
+    size = map_size(study, patients, noise_stddev)
+    raw = raw_feature_map(study, 2, size, study.seed, state.discriminator if has_start else state.discriminator[:0])
+    images = public_images(study, state, NUM_PUBLIC, device)
     # Twice, as products are of what the thumbnails' mean leaves.
     centred = raw.scaled(_raw(raw, images).mean(dim=0), torch.ones(raw.num_features))
     features = _raw(centred, images)
@@ -86,6 +89,18 @@ def make_feature_map(
     )
     gain = gain / (features * gain).norm(dim=1).median()
     return raw.scaled(centre, gain)
+
+
+def map_size(study: StudyConfig, patients: int, noise_stddev: float) -> int:
+    """The largest size of the map whose noise stays below ``MOST_NOISE``; index into ``SIZES``, else 0.
+
+    The noise is the expected energy of that in the mean of one of equally large classes. The features of one public
+    image have an energy of 1, and so have those of any patient at most.
+    """
+    noise = noise_stddev * study.image.num_classes / (patients * (1 - LABEL_WEIGHT**2) ** 0.5)
+    has_start = study.gan.warm_start != "none"
+    counts = [sum(block_sizes(study, 2, size, with_discriminator=has_start)) for size in range(len(SIZES))]
+    return max(size for size, count in enumerate(counts) if size == 0 or count * noise**2 <= MOST_NOISE[size])
 
 
 def fit(
@@ -290,9 +305,8 @@ def _pull(
 
     What all classes have in common is shrunk apart from what sets them apart, as its noise is smaller.
     """
-    images, random = _public_images(study, state, device)
-    varied = torch.cat([feature_map(part)[:, used] for part in torch.split(varied_images(images, random), 128)])
-    basis = _principal_components(varied)
+    images = varied_images(public_images(study, state, NUM_PUBLIC, device), torch.Generator().manual_seed(study.seed))
+    basis = _principal_components(torch.cat([feature_map(part)[:, used] for part in torch.split(images, 128)]))
     difference, share, noise = (released.means - prior)[:, used], released.share, released.noise_stddev
     common = (share[:, None] * difference).sum(dim=0)
     common_variance = float((share * noise).pow(2).sum())
@@ -373,52 +387,3 @@ def _generator(study: StudyConfig, vector: Vector, device: torch.device) -> torc
 def _raw(feature_map: FeatureMap, images: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([feature_map.raw(part) for part in torch.split(images, 128)])
-
-
-def _public_images(study: StudyConfig, state: GanState, device: torch.device) -> tuple[Tensor, torch.Generator]:
-    """Images that cost nothing: of the current generator, or generic ones while there is none worth looking at."""
-    random = torch.Generator().manual_seed(study.seed)
-    if study.gan.warm_start == "none":
-        return generic_images(NUM_PUBLIC, study.image.size, random).to(device), random
-    generator = _generator(study, state.generator_average, device)
-    latent = torch.randn(NUM_PUBLIC, study.gan.latent_size, generator=random).to(device)
-    labels = torch.arange(NUM_PUBLIC, device=device) % study.image.num_classes
-    with torch.no_grad():
-        images = [generator(*part) for part in zip(torch.split(latent, 128), torch.split(labels, 128), strict=True)]
-    return torch.cat(images), random
-
-
-def generic_images(count: int, size: int, random: torch.Generator) -> Tensor:
-    """Soft blobs and strokes on a dark ground: (count, 1, size, size) in [-1, 1]."""
-    ramp = torch.linspace(-1, 1, size)
-    border = 2 * (ramp[:, None] ** 2 + ramp**2)
-    images = []
-    for _ in range(count):
-        cells = int(torch.randint(3, 9, (), generator=random))
-        coarse = torch.randn(1, 1, cells, cells, generator=random)
-        field = functional.interpolate(coarse, size=(size, size), mode="bicubic")
-        field = field / field.std()
-        is_stroke = bool(torch.rand((), generator=random) < 0.5)
-        images.append(torch.tanh(3 * ((0.3 - field.abs() if is_stroke else field - 0.3) - border)))
-    return torch.cat(images)
-
-
-def varied_images(images: Tensor, random: torch.Generator) -> Tensor:
-    """The images, (n, channels, rows, columns), as other scanners and heads might have made them.
-
-    Each has its own gamma, contrast, sharpness, zoom and place. How hospitals differ from public images is mostly of
-    this kind, so the first principal components of varied images hold most of what there is to learn.
-    """
-    count = len(images)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * torch.rand(count, 1, 1, 1, generator=random)).to(images.device)
-
-    grey = (images + 1).clamp(min=0) / 2
-    grey = grey ** torch.exp(uniform(-0.7, 0.7)) * uniform(0.7, 1.2)
-    grey = grey + uniform(-0.5, 1.0) * (functional.avg_pool2d(grey, 3, 1, 1) - grey)
-    place = torch.zeros(count, 2, 3, device=images.device)
-    place[:, 0, 0], place[:, 1, 1] = uniform(0.88, 1.12).flatten(), uniform(0.88, 1.12).flatten()
-    place[:, :, 2] = 0.08 * torch.randn(count, 2, generator=random).to(images.device)
-    grid = functional.affine_grid(place, list(grey.shape), align_corners=False)
-    return (2 * functional.grid_sample(grey, grid, align_corners=False) - 1).clamp(-1, 1)

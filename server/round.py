@@ -122,6 +122,11 @@ class Sums(Protocol):
 class Session(Protocol):
     """The sums of a round of ``joint``."""
 
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The sites whose part of any step came, of one that failed as well: they have charged the round."""
+        ...
+
     def step(self, discriminator: Vector) -> StepSum:
         """The next sum. Raises ProtocolError when there is none; then the session is over."""
         ...
@@ -177,14 +182,20 @@ class PlainSession:
 
     def __init__(self, sums: PlainSums, study_digest: str, wanted: WantedSession, refusals: dict[str, str]) -> None:
         self._sums, self._study_digest, self._wanted, self._refusals = sums, study_digest, wanted, refusals
-        self._made = 0
+        self._made, self._answered = 0, set[str]()
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """See Session."""
+        return tuple(sorted(self._answered))
 
     def step(self, discriminator: Vector) -> StepSum:
         """See Session."""
         self._made += 1
         request = JointRequest(self._study_digest, self._wanted.round, self._made, discriminator)
         found = self._sums.ask(request, self._wanted.length)
-        self._refusals |= found.refusals
+        self._answered.update(found.answered)
+        self._refusals |= {**found.refusals, **self._refusals}  # the first: see Exchange.ask
         if found.total is None:
             raise TooFewSurvivors(found.failure)
         steps = np.rint(found.total * 2.0**self._wanted.encoding.fraction_bits)

@@ -48,7 +48,12 @@ class SecureSession:
 
     def __init__(self, exchange: Exchange, steps: SecureSteps, charge: Charge, refusals: dict[str, str]) -> None:
         self._exchange, self._steps, self._charge, self._refusals = exchange, steps, charge, refusals
-        self._over = False
+        self._over, self._answered = False, set[str]()
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """See Session."""
+        return tuple(sorted(self._answered))
 
     @property
     def survivors(self) -> tuple[str, ...]:
@@ -101,6 +106,7 @@ class SecureSession:
         }
         group, asked = f"{number}/{steps.step}", set(computing)
         self._exchange.ask(number, "begin_step", away | computing, takers, self._refusals, asked, group)
+        self._answered.update(steps.survivors)
         self._exchange.note_failed(asked - set(steps.survivors))
 
     def _confirm_step(self) -> None:

@@ -7,6 +7,7 @@ one.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,14 +19,36 @@ from common.gan import networks
 from common.gan.parameters import load_vector
 from common.messages import Vector
 
-VERSION = 1
-HEADER = 5  # version, spatial axes, seed (two numbers below 65536, which float32 holds exactly), discriminator or not
-WIDTHS = (16, 32)  # channels of the two random convolutions of a scale
+VERSION = 2
+HEADER = 6  # version, spatial axes, size, seed (two numbers below 65536: exact in float32), discriminator or not
 COARSEST = 8  # pixels along an axis of the coarsest scale
-GRID = {2: 4, 3: 2}  # cells along an axis in which a map's averages and squares are taken, by spatial axes
-THUMBNAIL = {2: 16, 3: 6}  # pixels along an axis of the low-resolution image
 LABEL_WEIGHT = 0.4  # of a patient's norm goes to the count of the labels
-NUM_PROJECTIONS = 48  # random projections of the low-resolution image, whose products are its second moments
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a map looks at.
+
+    Args:
+        widths: channels of the two random convolutions of a scale.
+        grid: cells along an axis in which a layer's averages and squares are taken, by spatial axes.
+        thumbnail: pixels along an axis of the low-resolution image, by spatial axes.
+        projections: random projections of the low-resolution image, whose products are its second moments.
+    """
+
+    widths: tuple[int, int]
+    grid: dict[int, int]
+    thumbnail: dict[int, int]
+    projections: int
+
+
+SIZES = (
+    Size((8, 12), {2: 2, 3: 1}, {2: 8, 3: 4}, 16),
+    Size((8, 12), {2: 4, 3: 2}, {2: 16, 3: 6}, 16),
+    Size((16, 32), {2: 4, 3: 2}, {2: 16, 3: 6}, 48),
+    Size((24, 64), {2: 4, 3: 2}, {2: 16, 3: 6}, 64),
+)
+"""Fewest features first."""
 
 
 class FeatureMap:
@@ -37,6 +60,7 @@ class FeatureMap:
     Args:
         study: gives the discriminator's architecture, the number of channels and the image's size.
         spatial_axes: 2 or 3.
+        size: index into ``SIZES``.
         seed: of the random weights, 0 to 2**32 - 1.
         discriminator: flat parameters whose layers are features too, or empty; two spatial axes only.
         centre: (D,), mean of the raw features of public images.
@@ -44,11 +68,18 @@ class FeatureMap:
     """
 
     def __init__(
-        self, study: StudyConfig, spatial_axes: int, seed: int, discriminator: Vector, centre: Vector, gain: Vector
+        self,
+        study: StudyConfig,
+        spatial_axes: int,
+        size: int,
+        seed: int,
+        discriminator: Vector,
+        centre: Vector,
+        gain: Vector,
     ) -> None:
-        self.study, self.spatial_axes, self.seed = study, spatial_axes, seed
+        self.study, self.spatial_axes, self.size, self.seed = study, spatial_axes, size, seed
         self.discriminator, self.centre, self.gain = discriminator, centre, gain
-        self.block_sizes = _block_sizes(study, spatial_axes, with_discriminator=len(discriminator) > 0)
+        self.block_sizes = block_sizes(study, spatial_axes, size, with_discriminator=len(discriminator) > 0)
         self._on: dict[torch.device, _Weights] = {}
 
     @classmethod
@@ -60,22 +91,26 @@ class FeatureMap:
         """
         if vector.ndim != 1 or len(vector) < HEADER or not np.isfinite(vector).all() or vector[0] != VERSION:
             raise ValueError(f"expected a feature map of version {VERSION}, of finite numbers")
-        axes, seed, with_discriminator = int(vector[1]), int(vector[2]) * 65536 + int(vector[3]), vector[4] == 1
-        if axes not in GRID or not 0 <= seed < 2**32 or (with_discriminator and axes != 2):
+        axes, size, high, low, with_discriminator = (int(number) for number in vector[1:HEADER])
+        seed = high * 65536 + low
+        in_range = axes in (2, 3) and size in range(len(SIZES)) and 0 <= seed < 2**32 and with_discriminator in (0, 1)
+        if not in_range or (with_discriminator and axes != 2):
             raise ValueError(
-                "expected a feature map of 2 or 3 spatial axes, with a discriminator for 2 only, and a seed below 2**32"
+                f"expected a feature map of 2 or 3 spatial axes, one of {len(SIZES)} sizes, with a discriminator for 2 "
+                "axes only, and a seed below 2**32"
             )
         count = networks.num_parameters(networks.build_discriminator, study) if with_discriminator else 0
-        num_features = sum(_block_sizes(study, axes, with_discriminator=with_discriminator))
+        num_features = sum(block_sizes(study, axes, size, with_discriminator=bool(with_discriminator)))
         expected = HEADER + count + 2 * num_features
         if len(vector) != expected:
             raise ValueError(f"expected {expected} numbers for {num_features} features, found {len(vector)}")
         discriminator, rest = vector[HEADER : HEADER + count], vector[HEADER + count :]
-        return cls(study, axes, seed, discriminator, rest[:num_features], rest[num_features:])
+        return cls(study, axes, size, seed, discriminator, rest[:num_features], rest[num_features:])
 
     def to_vector(self) -> Vector:
-        """Flat float32: header, discriminator, centre, gain; a quarter of a megabyte for 32x32 pixels."""
-        header = [VERSION, self.spatial_axes, self.seed // 65536, self.seed % 65536, len(self.discriminator) > 0]
+        """Flat float32: header, discriminator, centre, gain; at most half a megabyte for 32x32 pixels."""
+        seed = [self.seed // 65536, self.seed % 65536]
+        header = [VERSION, self.spatial_axes, self.size, *seed, len(self.discriminator) > 0]
         return np.concatenate([np.array(header, np.float32), self.discriminator, self.centre, self.gain])
 
     @property
@@ -105,7 +140,7 @@ class FeatureMap:
     def scaled(self, centre: Tensor, gain: Tensor) -> "FeatureMap":
         """The same map with another centre and gain, (D,) each."""
         as_vectors = [np.asarray(part.cpu().numpy(), dtype=np.float32) for part in (centre, gain)]
-        return FeatureMap(self.study, self.spatial_axes, self.seed, self.discriminator, *as_vectors)
+        return FeatureMap(self.study, self.spatial_axes, self.size, self.seed, self.discriminator, *as_vectors)
 
     def _weights(self, device: torch.device) -> "_Weights":
         if device not in self._on:
@@ -114,35 +149,33 @@ class FeatureMap:
         return self._on[device]
 
 
-def raw_feature_map(study: StudyConfig, spatial_axes: int, seed: int, discriminator: Vector) -> FeatureMap:
+def raw_feature_map(study: StudyConfig, spatial_axes: int, size: int, seed: int, discriminator: Vector) -> FeatureMap:
     """A map with centre 0 and gain 1, to find better ones with; arguments as of ``FeatureMap``."""
-    count = sum(_block_sizes(study, spatial_axes, with_discriminator=len(discriminator) > 0))
-    return FeatureMap(study, spatial_axes, seed, discriminator, np.zeros(count, np.float32), np.ones(count, np.float32))
+    count = sum(block_sizes(study, spatial_axes, size, with_discriminator=len(discriminator) > 0))
+    centre, gain = np.zeros(count, np.float32), np.ones(count, np.float32)
+    return FeatureMap(study, spatial_axes, size, seed, discriminator, centre, gain)
 
 
 class _Weights:
     """The map's numbers on one device."""
 
     def __init__(self, feature_map: FeatureMap, device: torch.device) -> None:
-        axes, study = feature_map.spatial_axes, feature_map.study
+        axes, study, size = feature_map.spatial_axes, feature_map.study, SIZES[feature_map.size]
         random = torch.Generator().manual_seed(feature_map.seed)
         before: int = study.image.channels
-        self.axes = axes
+        self.axes, self.grid, self.side = axes, size.grid[axes], size.thumbnail[axes]
         self.layers = []
-        for channels, kernel in zip(WIDTHS, (5, 3), strict=True):
+        for channels, kernel in zip(size.widths, (5, 3), strict=True):
             kernels = torch.randn(channels, before, *[kernel] * axes, generator=random)
             kernels *= math.sqrt(2 / kernels[0].numel())
             bias = 0.3 * torch.randn(channels, generator=random)
             self.layers.append((kernels.to(device), bias.to(device)))
             before = channels
-        pixels = study.image.channels * THUMBNAIL[axes] ** axes
-        projections = torch.randn(1, pixels, NUM_PROJECTIONS, generator=random)
-        # Neighbouring pixels go together, as in images: rough projections would see noise.
-        smooth = projections.transpose(1, 2).reshape(NUM_PROJECTIONS, -1, *[THUMBNAIL[axes]] * axes)
-        for _ in range(3):
-            smooth = _average(functional.pad(smooth, [1, 1] * axes, mode="replicate"), 3, 1)
-        self.projections = torch.linalg.qr(smooth.reshape(NUM_PROJECTIONS, pixels).T)[0].to(device)
-        first, second = torch.triu_indices(NUM_PROJECTIONS, NUM_PROJECTIONS)
+        projections = torch.randn(size.projections, study.image.channels, *[self.side] * axes, generator=random)
+        for _ in range(3):  # neighbouring pixels go together, as in images: rough projections would see noise
+            projections = _average(functional.pad(projections, [1, 1] * axes, mode="replicate"), 3, 1)
+        self.projections = torch.linalg.qr(projections.flatten(1).T)[0].to(device)
+        first, second = torch.triu_indices(size.projections, size.projections)
         self.first, self.second = first.to(device), second.to(device)
         self.critic: list[nn.Module] = []
         if len(feature_map.discriminator):
@@ -151,8 +184,7 @@ class _Weights:
             self.critic = list(network.requires_grad_(False).to(device).get_submodule("body").children())
         self.centre = torch.from_numpy(feature_map.centre.copy()).to(device)
         self.gain = torch.from_numpy(feature_map.gain.copy()).to(device)
-        offset = sum(feature_map.block_sizes[:-3])
-        self.thumbnail_centre = self.centre[offset : offset + pixels]
+        self.thumbnail_centre = torch.split(self.centre, list(feature_map.block_sizes))[-3]
 
     def raw(self, images: Tensor) -> Tensor:
         """(n, D), neither centred nor scaled."""
@@ -162,16 +194,20 @@ class _Weights:
             hidden = _average(images, scale, scale) if scale > 1 else images
             for kernels, bias in self.layers:
                 hidden = functional.relu(convolve(hidden, kernels, bias, stride=2, padding=kernels.shape[2] // 2))
-                found.append(_cells(hidden, self.axes))
+                found.append(self._cells(hidden))
         hidden = images
         for layer in self.critic:
             hidden = layer(hidden)
             if isinstance(layer, nn.LeakyReLU):
-                found.append(_cells(hidden, self.axes))
-        thumbnail = _adaptive(images, THUMBNAIL[self.axes], self.axes).flatten(1)
+                found.append(self._cells(hidden))
+        thumbnail = _adaptive(images, self.side).flatten(1)
         projected = (thumbnail - self.thumbnail_centre) @ self.projections
         products = projected[:, self.first] * projected[:, self.second]
         return torch.cat([*found, thumbnail, thumbnail**2, products], dim=1)
+
+    def _cells(self, maps: Tensor) -> Tensor:
+        """Averages of the maps and of their squares in each cell of the grid, (n, features)."""
+        return torch.cat([_adaptive(part, self.grid).flatten(1) for part in (maps, maps**2)], dim=1)
 
 
 def _scales(size: int) -> list[int]:
@@ -179,25 +215,26 @@ def _scales(size: int) -> list[int]:
     return [2**level for level in range((size // COARSEST).bit_length())]
 
 
-def _block_sizes(study: StudyConfig, spatial_axes: int, *, with_discriminator: bool) -> tuple[int, ...]:
-    """Number of features of each block, in the order of ``_Weights.raw``."""
-    cells = 2 * GRID[spatial_axes] ** spatial_axes  # averages and squares
-    sizes = [width * cells for _ in _scales(study.image.size) for width in WIDTHS]
+def block_sizes(study: StudyConfig, spatial_axes: int, size: int, *, with_discriminator: bool) -> tuple[int, ...]:
+    """Number of features of each block: layers of the convolutions, of the discriminator, thumbnail, square, products.
+
+    Args:
+        study, spatial_axes, size: as of ``FeatureMap``.
+        with_discriminator: whether its layers are features.
+    """
+    chosen = SIZES[size]
+    cells = 2 * chosen.grid[spatial_axes] ** spatial_axes  # averages and squares
+    sizes = [width * cells for _ in _scales(study.image.size) for width in chosen.widths]
     if with_discriminator:
         with torch.device("meta"):
             layers = networks.build_discriminator(study).modules()
         sizes += [layer.out_channels * cells for layer in layers if isinstance(layer, nn.Conv2d)]
-    pixels = study.image.channels * THUMBNAIL[spatial_axes] ** spatial_axes
-    return (*sizes, pixels, pixels, NUM_PROJECTIONS * (NUM_PROJECTIONS + 1) // 2)
+    pixels = study.image.channels * chosen.thumbnail[spatial_axes] ** spatial_axes
+    return (*sizes, pixels, pixels, chosen.projections * (chosen.projections + 1) // 2)
 
 
-def _cells(maps: Tensor, axes: int) -> Tensor:
-    """Averages of the maps and of their squares in each cell of the grid, (n, features)."""
-    return torch.cat([_adaptive(part, GRID[axes], axes).flatten(1) for part in (maps, maps**2)], dim=1)
-
-
-def _adaptive(maps: Tensor, cells: int, axes: int) -> Tensor:
-    pool = functional.adaptive_avg_pool2d if axes == 2 else functional.adaptive_avg_pool3d
+def _adaptive(maps: Tensor, cells: int) -> Tensor:
+    pool = functional.adaptive_avg_pool2d if maps.ndim == 4 else functional.adaptive_avg_pool3d
     return pool(maps, cells)
 
 

@@ -37,7 +37,7 @@ def cohort_of(patients: list[Images], labels: list[list[int]]) -> PreparedCohort
 
 def map_of(study: StudyConfig, gain: float) -> FeatureMap:
     """Centred on black; a gain of 1 makes every image's features as long as they may be."""
-    raw = raw_feature_map(study, 2, 1, np.zeros(0, np.float32))
+    raw = raw_feature_map(study, 2, 0, 1, np.zeros(0, np.float32))
     return raw.scaled(raw.raw(torch.full((1, 1, 28, 28), -1.0))[0], torch.full((raw.num_features,), gain))
 
 
@@ -112,8 +112,8 @@ class Unbounded(FeatureMap):
 @pytest.mark.parametrize(("value", "added"), [(1e30, 1.0), (-3e38, 1.0), (np.nan, 0.0), (np.inf, 0.0)])
 def test_a_map_that_breaks_its_promise_breaks_no_guarantee(value: float, added: float) -> None:
     study = study_of()
-    raw = raw_feature_map(study, 2, 1, np.zeros(0, np.float32))
-    broken = Unbounded(study, 2, 1, raw.discriminator, raw.centre, raw.gain)
+    raw = raw_feature_map(study, 2, 0, 1, np.zeros(0, np.float32))
+    broken = Unbounded(study, 2, 0, 1, raw.discriminator, raw.centre, raw.gain)
     broken.value = value
     white = np.full((2, 1, 28, 28), 255, np.uint8)
     dark = np.zeros((1, 1, 28, 28), np.uint8)

@@ -24,7 +24,8 @@ from common.study_signature import sign
 
 MARKER = "Zebra-4711"
 RULES = [
-    "data", "study", "algorithm", "outputs", "cohort", "roster", "patients", "sampling", "private", "delta", "budget"
+    "data", "study", "algorithm", "outputs", "cohort", "colluders", "roster", "patients", "sampling", "private",
+    "delta", "budget",
 ]  # fmt: skip
 SCANS = Path("/srv/scans")
 SETTINGS = SiteSettings(name="north", data=SCANS, folder=Path("/srv/north"))
@@ -253,6 +254,26 @@ def test_the_algorithms_are_named_once_each() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("phases", "aggregation", "colluding", "expected"),
+    [
+        (("moments",), "secure", 2, ["colluders"]),
+        (("local", "joint"), "secure", 2, ["colluders"]),
+        (("moments",), "secure", 1, []),
+        (("joint",), "secure", 0, []),
+        (("local",), "secure", 2, []),  # every site makes all of its noise
+        (("joint",), "plain", 2, []),
+    ],
+)
+def test_where_sites_share_the_noise_enough_of_them_may_tell_theirs(
+    phases: tuple[str, ...], aggregation: str, colluding: int, expected: list[str]
+) -> None:
+    """The study's noise holds though one other site tells the server its part."""
+    study = phases_of(*phases).with_changes("federation", aggregation=aggregation)
+    outputs = ("masked_updates", "plain_updates")
+    assert refused(allowing(study, algorithms=phases, outputs=outputs, colluding_sites=colluding), study) == expected
+
+
 def test_how_often_patients_are_drawn_is_not_asked_of_moments_alone() -> None:
     """They are of all patients, with the noise for that; a study that also trains draws them."""
     strict = {"algorithms": ("local", "joint", "moments"), "largest_sampling_probability": 0.1}
@@ -412,6 +433,7 @@ policies = st.builds(
     Policy,
     roster_digest=st.just("") | hex64s,
     minimum_cohort=st.integers(2, 10**6),
+    colluding_sites=st.integers(0, 10**6),
     study_digests=tuples(hex64s),
     study_signers=tuples(hex64s),
     algorithms=tuples(st.sampled_from(["local", "joint", "moments"])),

@@ -157,7 +157,7 @@ def rules_of(site: Path, study: Path, capsys: pytest.CaptureFixture[str], signat
     tree = json.loads(capsys.readouterr().out)
     assert tree["study"] == StudyConfig.from_toml(study).digest
     assert tree["allowed"] == allowed == all(rule["allowed"] for rule in tree["rules"])
-    assert len(tree["rules"]) == 11
+    assert len(tree["rules"]) == 12
     return [rule["rule"] for rule in tree["rules"] if not rule["allowed"]]
 
 
@@ -165,7 +165,8 @@ def test_check_shows_every_rule_and_the_verdict(ready: Path, study: Path, capsys
     capsys.readouterr()
     check(ready, study, None, as_json=False)
     *rules, verdict = capsys.readouterr().out.splitlines()
-    names = ["data", "study", "algorithm", "outputs", "cohort", "roster", "patients", "sampling", "private", "delta"]
+    names = ["data", "study", "algorithm", "outputs", "cohort", "colluders", "roster", "patients"]
+    names += ["sampling", "private", "delta"]
     assert [line.split()[:2] for line in rules] == [[name, "allowed"] for name in (*names, "budget")]
     assert verdict == "north and the study lungs: allowed"
     assert not (ready / "holdout.key").exists()  # asking makes nothing

@@ -1,0 +1,109 @@
+"""Features that know what the images show: of a small network that learned to read facts off real images.
+
+It is a measuring instrument. It may see real images, since no algorithm sees it, and it has nothing in common with the
+random convolutions that ``moments`` and ``measures.features`` use: an algorithm that is good at those only is found out.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from common.files import locked, write_atomically
+from deploy.bench.measures import Features, Images
+
+NUM_FEATURES = 64
+INSTRUMENT_SEED = 21
+IMAGES_SEEN = 60_000  # in training, each as often as that takes
+BATCH = 64
+LEARNING_RATE = 2e-3
+FOLDER = "instruments"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an instrument learns from.
+
+    Args:
+        images: real ones, (count, 1, size, size) in [-1, 1].
+        facts: what is known of each, (count, number of facts); a class is one fact a class, 0 or 1.
+    """
+
+    images: Images
+    facts: NDArray[np.float32]
+
+
+class Instrument:
+    """A network from images to facts, read one layer before its end.
+
+    Args:
+        network: without its last layer; in evaluation mode.
+        scale: root of the total variance of its features over the lesson's images: a Frechet distance of 1 is as far
+            as real images spread.
+    """
+
+    def __init__(self, network: nn.Sequential, scale: float) -> None:
+        self._network, self._scale = network.eval(), scale
+
+    def features(self, images: Images) -> Features:
+        """(count, 1, size, size) in [-1, 1] to (count, 64)."""
+        with torch.inference_mode():
+            parts = [self._network(part) for part in torch.from_numpy(images).split(500)]
+        return np.asarray(torch.cat(parts).double().numpy()) / self._scale
+
+    def to_bytes(self) -> bytes:
+        """What ``from_bytes`` reads."""
+        buffer = io.BytesIO()
+        torch.save({"network": self._network.state_dict(), "scale": self._scale}, buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, size: int) -> "Instrument":
+        """The instrument that ``to_bytes`` was called on, for images of ``size`` pixels along each side."""
+        saved = torch.load(io.BytesIO(data), weights_only=True)
+        network = _network(size)
+        network.load_state_dict(saved["network"])
+        return cls(network, saved["scale"])
+
+
+def make_instrument(lesson: Lesson) -> Instrument:
+    """Train one: squared error on the facts, each scaled to variance 1. The same lesson makes the same instrument."""
+    random = torch.Generator().manual_seed(INSTRUMENT_SEED)
+    facts = torch.from_numpy(lesson.facts)
+    varied = facts.std(dim=0) > 0
+    targets = ((facts - facts.mean(dim=0)) / facts.std(dim=0))[:, varied]
+    network = _network(lesson.images.shape[-1])
+    head = nn.Sequential(nn.ReLU(), nn.Linear(NUM_FEATURES, targets.shape[1]))
+    for part in [*network.modules(), *head]:
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(part.weight, generator=random)
+            nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+    images = torch.from_numpy(lesson.images)
+    steps = IMAGES_SEEN // BATCH
+    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (BATCH,), generator=random)
+        optimizer.zero_grad()
+        mse_loss(head(network(images[chosen])), targets[chosen]).backward()
+        optimizer.step()
+        schedule.step()
+    features = Instrument(network, 1.0).features(lesson.images[:2000])
+    return Instrument(network, float(features.var(axis=0).sum() ** 0.5))
+
+
+def _network(size: int) -> nn.Sequential:
+    """Convolutions and halvings down to at most 4 pixels, then 64 features."""
+    layers: list[nn.Module] = []
+    channels, width = 1, 16
+    while size > 4:
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        channels, width, size = width, min(64, 2 * width), size // 2
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, NUM_FEATURES))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
+    return network

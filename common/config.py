@@ -94,6 +94,7 @@ class GanConfig(Part):
     ema_decay: float = Field(0.95, ge=0, lt=1)
     warm_start: str = "none"
     warm_start_steps: int = Field(800, ge=1, le=1_000_000)
+    moments_steps: int = Field(400, ge=1, le=1_000_000)
     warm_start_anatomy: Literal["brain", "skull_stripped_brain", "chest"] = "brain"
 
 

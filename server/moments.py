@@ -7,7 +7,6 @@ keep the start when none is surely better.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,20 +22,38 @@ from common.gan.parameters import load_vector, to_vector
 from common.messages import Vector
 from server.aggregation import GanState
 from server.public_images import public_images, varied_images
+from server.shrinkage import principal_components, shrink
 
 NUM_PUBLIC = 1500  # images behind centre, gain and principal components; more no longer change the result
-MOST_NOISE = (math.inf, 100.0, 1.0, 0.02)
-STEPS = 400
+MOST_NOISE = (math.inf, 1.0, 0.2)  # for each size of the map: energy of the noise in a class's mean
 IMAGES_A_CLASS = 32  # of each step: small batches and many steps did better than the reverse
 SMALLEST_BATCH, LARGEST_BATCH = 64, 128
-LEARNING_RATE = 1e-3
 WARM_UP = 20  # steps, while Adam's second moments settle
 AVERAGE_DECAY = 0.98
 HELD_BACK = 0.2  # of the coordinates
 SURELY = 2.0  # standard deviations by which one held-back residual must beat another to be believed
 CHECKS, PATIENCE = 12, 2  # looks at the held-back residual; so many in a row that are surely worse end the fit
 CHECK_IMAGES = 1024  # a class or fewer, so that a check costs as much as a few steps
-FIRST_BAND = 4  # principal components in the first band; each further one doubles how many are in front of its end
+RIDGE = 0.01  # of the strongest component's variance, is added to each before whitening
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How boldly the generator is trained.
+
+    Args:
+        steps: of the generator.
+        learning_rate: the largest, of Adam.
+        whitening: weights of components fall with their variance to this power: strong ones would drown fine ones.
+    """
+
+    steps: int
+    learning_rate: float
+    whitening: float
+
+
+# From nothing all is to be learned; what a warm start knows is lost at the larger rate. Both were measured.
+FROM_START, FROM_NOTHING = Pace(400, 1e-3, 0.0), Pace(1000, 3e-3, 0.5)
 
 
 @dataclass(frozen=True)
@@ -73,8 +90,8 @@ def make_feature_map(
         device: where to compute.
     """
     has_start = study.gan.warm_start != "none"
-    size = map_size(study, patients, noise_stddev)
-    raw = raw_feature_map(study, 2, size, study.seed, state.discriminator if has_start else state.discriminator[:0])
+    critic = state.discriminator if has_start else state.discriminator[:0]
+    raw = raw_feature_map(study, 2, study.seed, critic, map_size(study, patients, noise_stddev))
     images = public_images(study, state, NUM_PUBLIC, device)
     # Twice, as products are of what the thumbnails' mean leaves.
     centred = raw.scaled(_raw(raw, images).mean(dim=0), torch.ones(raw.num_features))
@@ -92,15 +109,15 @@ def make_feature_map(
 
 
 def map_size(study: StudyConfig, patients: int, noise_stddev: float) -> int:
-    """The largest size of the map whose noise stays below ``MOST_NOISE``; index into ``SIZES``, else 0.
+    """The largest size of the map with no more noise than ``MOST_NOISE`` allows: an index into ``SIZES``.
 
-    The noise is the expected energy of that in the mean of one of equally large classes. The features of one public
-    image have an energy of 1, and so have those of any patient at most.
+    The noise is the expected energy, D times the variance, of that in the mean of one of equally large classes. The
+    features of a usual public image have an energy of 1, and so have those of any patient at most.
     """
     noise = noise_stddev * study.image.num_classes / (patients * (1 - LABEL_WEIGHT**2) ** 0.5)
     has_start = study.gan.warm_start != "none"
     counts = [sum(block_sizes(study, 2, size, with_discriminator=has_start)) for size in range(len(SIZES))]
-    return max(size for size, count in enumerate(counts) if size == 0 or count * noise**2 <= MOST_NOISE[size])
+    return max(size for size, most in enumerate(MOST_NOISE) if counts[size] * noise**2 <= most)
 
 
 def fit(
@@ -111,7 +128,7 @@ def fit(
     noise_stddev: float,
     device: torch.device,
     seed: int,
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> tuple[GanState, MomentsRecord]:
     """Train the generator until its mean features are the patients'.
 
@@ -122,11 +139,12 @@ def fit(
         noise_stddev: of each of its coordinates; 0 without privacy.
         device: where to compute.
         seed: of latents and of which features are held back.
-        steps: the most generator steps; the learning rate falls over them.
+        steps: the most generator steps, over which the learning rate falls; None for those of the pace.
 
     Returns:
         The state after one more round, and what happened.
     """
+    steps = steps if steps is not None else _pace(study).steps
     random = torch.Generator().manual_seed(seed)
     released = _released(study, feature_map, total, noise_stddev, device)
     order = torch.randperm(feature_map.num_features, generator=random).to(device)
@@ -185,6 +203,10 @@ class _Released:
     share: Tensor
 
 
+def _pace(study: StudyConfig) -> Pace:
+    return FROM_NOTHING if study.gan.warm_start == "none" else FROM_START
+
+
 def _released(
     study: StudyConfig, feature_map: FeatureMap, total: NDArray[np.float64], noise_stddev: float, device: torch.device
 ) -> _Released:
@@ -219,7 +241,8 @@ class _Trainer:
         self.study, self.feature_map, self.device, self.random, self.steps = study, feature_map, device, random, steps
         self.generator = _generator(study, state.generator_average, device)
         self.averaged = _generator(study, state.generator_average, device)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.99))
+        self.learning_rate = _pace(study).learning_rate
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.learning_rate, betas=(0.5, 0.99))
         num_classes = study.image.num_classes
         batch = min(max(IMAGES_A_CLASS * num_classes, SMALLEST_BATCH), LARGEST_BATCH)
         self.labels = torch.arange(num_classes, device=device).repeat_interleave(max(2, batch // num_classes))
@@ -232,7 +255,7 @@ class _Trainer:
         """One step down the squared distance of the means from the target."""
         done = self.made / self.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (self.made + 1) / WARM_UP, 2 * (1 - done) + 0.02)
+            group["lr"] = self.learning_rate * min(1.0, (self.made + 1) / WARM_UP, 2 * (1 - done) + 0.02)
         means = self._means()
         # The residual is of the batch before: independent of this batch, so that the product of the two estimates the
         # squared distance without bias, and each batch serves twice.
@@ -276,7 +299,7 @@ class _Pull:
     Args:
         target: (classes, used) shrunk means.
         basis: (components, used) orthonormal rows.
-        weights: (components + 1,) in [0, 1], the last one for what is orthogonal to the basis.
+        weights: (components + 1,) not negative, the last one for what is orthogonal to the basis.
         used: (used,) indices of the features that are not held back.
     """
 
@@ -306,51 +329,21 @@ def _pull(
     What all classes have in common is shrunk apart from what sets them apart, as its noise is smaller.
     """
     images = varied_images(public_images(study, state, NUM_PUBLIC, device), torch.Generator().manual_seed(study.seed))
-    basis = _principal_components(torch.cat([feature_map(part)[:, used] for part in torch.split(images, 128)]))
+    varied = torch.cat([feature_map(part)[:, used] for part in torch.split(images, 128)])
+    basis, variances = principal_components(varied)
     difference, share, noise = (released.means - prior)[:, used], released.share, released.noise_stddev
     common = (share[:, None] * difference).sum(dim=0)
     common_variance = float((share * noise).pow(2).sum())
-    shrunk, weights = _shrink(common, common_variance, basis)
+    shrunk, weights = shrink(common, common_variance, basis)
     target = prior[:, used] + shrunk
     for label in range(len(share) if len(share) > 1 else 0):
         variance = float(noise[label] ** 2 * (1 - 2 * share[label])) + common_variance
-        own, own_weights = _shrink(difference[label] - common, variance, basis)
+        own, own_weights = shrink(difference[label] - common, variance, basis)
         target[label] += own
         weights = torch.maximum(weights, own_weights)
+    spread = torch.cat([variances, variances[-1:]]) / variances[0]
+    weights = weights * (spread + RIDGE) ** -_pace(study).whitening
     return _Pull(target, basis, weights, used)
-
-
-def _principal_components(features: Tensor) -> Tensor:
-    """Orthonormal rows, strongest first, from (n, used) by the n x n Gram matrix, as n is smaller."""
-    centred = features - features.mean(dim=0)
-    values, vectors = torch.linalg.eigh((centred @ centred.T).double())
-    keep = values > 1e-6 * values[-1]
-    components: Tensor = (vectors[:, keep] / values[keep].sqrt()).T.float() @ centred
-    return components.flip(0)
-
-
-def _shrink(difference: Tensor, variance: float, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive-part James-Stein (Efron and Morris 1973) in each band, and the factor of each component and the rest."""
-    along = basis @ difference
-    rest = difference - along @ basis
-    factors = torch.ones(len(basis) + 1, device=basis.device)
-    for band in _bands(len(basis)):
-        factors[band] = _stein_factor(along[band], band.stop - band.start, variance)
-    factors[-1] = _stein_factor(rest, len(difference) - len(basis), variance)
-    return (along * factors[:-1]) @ basis + rest * factors[-1], factors
-
-
-def _stein_factor(part: Tensor, dimensions: int, variance: float) -> float:
-    energy = float(part.pow(2).sum())
-    return max(0.0, 1 - max(0, dimensions - 2) * variance / energy) if energy > 0 else 0.0
-
-
-def _bands(count: int) -> Iterator[slice]:
-    """0 to 4, to 8, to 16 ... ``count``: components of similar strength."""
-    start, stop = 0, FIRST_BAND
-    while start < count:
-        yield slice(start, min(stop, count))
-        start, stop = stop, 2 * stop
 
 
 def _residual(released: _Released, means: Tensor, held: Tensor) -> float:

@@ -32,7 +32,7 @@ def public_images(study: StudyConfig, state: GanState, count: int, device: torch
     generator.to(device)
     latents = torch.randn(count, study.gan.latent_size, generator=random).to(device)
     labels = torch.arange(count, device=device) % study.image.num_classes
-    parts = zip(latents.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+    parts = zip(torch.split(latents, _AT_ONCE), torch.split(labels, _AT_ONCE), strict=True)
     with torch.no_grad():
         return torch.cat([generator(*part) for part in parts])
 

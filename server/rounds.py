@@ -42,7 +42,7 @@ class Rounds:
             case "local":
                 return local_round(study, self._sums, state, charge)
             case "moments":
-                return moments_round(study, plan, self._sums, state, self._device, charge)
+                return moments_round(study, plan, self._sums, state, self._device, self._folder, charge)
             case "joint":
                 trainer = open_trainer(study, plan, self._folder, state, self._device)
                 outcome = joint_round(study, plan, self._sums, trainer, number, charge)

@@ -77,6 +77,7 @@ def _recipe_digest(study: StudyConfig) -> str:
         "discriminator_learning_rate",
         "discriminator_steps_per_generator_step",
         "ema_decay",
+        "moments_steps",
     }
     recipe = [
         study.seed,

@@ -21,6 +21,7 @@ from common.messages import Vector
 
 VERSION = 2
 HEADER = 6  # version, spatial axes, size, seed (two numbers below 65536: exact in float32), discriminator or not
+KERNELS = (5, 3, 3)  # pixels along an axis of a kernel, by layer; each layer halves the image
 COARSEST = 8  # pixels along an axis of the coarsest scale
 LABEL_WEIGHT = 0.4  # of a patient's norm goes to the count of the labels
 
@@ -30,13 +31,13 @@ class Size:
     """How much a map looks at.
 
     Args:
-        widths: channels of the two random convolutions of a scale.
+        widths: channels of the random convolutions of a scale, one after the other.
         grid: cells along an axis in which a layer's averages and squares are taken, by spatial axes.
         thumbnail: pixels along an axis of the low-resolution image, by spatial axes.
         projections: random projections of the low-resolution image, whose products are its second moments.
     """
 
-    widths: tuple[int, int]
+    widths: tuple[int, ...]
     grid: dict[int, int]
     thumbnail: dict[int, int]
     projections: int
@@ -44,9 +45,8 @@ class Size:
 
 SIZES = (
     Size((8, 12), {2: 2, 3: 1}, {2: 8, 3: 4}, 16),
-    Size((8, 12), {2: 4, 3: 2}, {2: 16, 3: 6}, 16),
     Size((16, 32), {2: 4, 3: 2}, {2: 16, 3: 6}, 48),
-    Size((24, 64), {2: 4, 3: 2}, {2: 16, 3: 6}, 64),
+    Size((16, 32, 64), {2: 4, 3: 2}, {2: 16, 3: 6}, 48),
 )
 """Fewest features first."""
 
@@ -149,7 +149,9 @@ class FeatureMap:
         return self._on[device]
 
 
-def raw_feature_map(study: StudyConfig, spatial_axes: int, size: int, seed: int, discriminator: Vector) -> FeatureMap:
+def raw_feature_map(
+    study: StudyConfig, spatial_axes: int, seed: int, discriminator: Vector, size: int = 1
+) -> FeatureMap:
     """A map with centre 0 and gain 1, to find better ones with; arguments as of ``FeatureMap``."""
     count = sum(block_sizes(study, spatial_axes, size, with_discriminator=len(discriminator) > 0))
     centre, gain = np.zeros(count, np.float32), np.ones(count, np.float32)
@@ -165,7 +167,7 @@ class _Weights:
         before: int = study.image.channels
         self.axes, self.grid, self.side = axes, size.grid[axes], size.thumbnail[axes]
         self.layers = []
-        for channels, kernel in zip(size.widths, (5, 3), strict=True):
+        for channels, kernel in zip(size.widths, KERNELS, strict=False):
             kernels = torch.randn(channels, before, *[kernel] * axes, generator=random)
             kernels *= math.sqrt(2 / kernels[0].numel())
             bias = 0.3 * torch.randn(channels, generator=random)
@@ -207,7 +209,7 @@ class _Weights:
 
     def _cells(self, maps: Tensor) -> Tensor:
         """Averages of the maps and of their squares in each cell of the grid, (n, features)."""
-        return torch.cat([_adaptive(part, self.grid).flatten(1) for part in (maps, maps**2)], dim=1)
+        return torch.cat([_adaptive(part, min(self.grid, maps.shape[2])).flatten(1) for part in (maps, maps**2)], dim=1)
 
 
 def _scales(size: int) -> list[int]:
@@ -224,7 +226,12 @@ def block_sizes(study: StudyConfig, spatial_axes: int, size: int, *, with_discri
     """
     chosen = SIZES[size]
     cells = 2 * chosen.grid[spatial_axes] ** spatial_axes  # averages and squares
-    sizes = [width * cells for _ in _scales(study.image.size) for width in chosen.widths]
+    sizes = []
+    for scale in _scales(study.image.size):
+        side = study.image.size // scale
+        for width in chosen.widths:
+            side = (side + 1) // 2
+            sizes.append(width * 2 * min(side, chosen.grid[spatial_axes]) ** spatial_axes)
     if with_discriminator:
         with torch.device("meta"):
             layers = networks.build_discriminator(study).modules()

@@ -12,14 +12,19 @@ Design note. A group of k patients moves the sum by k clip_norm, so the claim fo
 tell most. The bound is for patients who were drawn: what sampling adds to privacy is not counted on either side, and
 the rate of sampling is audited by itself.
 
-Every trial is a whole ``GanTrainer.discriminator_step``. One thing is kept between trials: the per-row gradients of a
-call that was made before with the same rows and parameters, which nothing random enters. Owners are averaged, clipped,
-summed and noised anew each time.
+Two kinds of step are audited. A trial of a *local* one is a whole ``GanTrainer.discriminator_step``. One thing is kept
+between trials: the per-row gradients of a call that was made before with the same rows and parameters, which nothing
+random enters. Owners are averaged, clipped, summed and noised anew each time. A trial of a *joint* one is a sum over as
+few sites as a sum may be opened for, each with its half of the step and its share of the noise. The canaries and the
+other patients are at the first site; the last ones collude: the attacker knows their integers. Halves before noise are
+kept, as nothing random enters them. The claim counts what rounding adds to the sensitivity; a code that forgot it would
+make noise that is smaller by a part in a thousand or less, which no number of trials here would show.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -27,16 +32,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import progress
 from common.config import StudyConfig
 from common.errors import ConfigError
+from common.gan import networks
 from common.gan.training import GanTrainer, RealBatch
 from common.privacy.gradient import PatientOptimizer
 from common.privacy.plan import PhasePlan
 from common.privacy.sampling import draw_patients
+from common.privacy.shared_noise import SharedNoise, noisy_integers
 
 TRIALS = 10_000
 CONFIDENCE = 0.999
@@ -56,6 +63,25 @@ VACUOUS = 0.9
 """Below this share an audit would prove nothing, and is refused."""
 
 Drawn = tuple[int, ...]
+RealHalf = Callable[[StudyConfig, nn.Module, RealBatch, float, torch.device], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class JointSites:
+    """How sites make a joint step together.
+
+    Args:
+        real_half: what a site sums of its draw before noise, (dim,), by study, discriminator, draw, clip norm and
+            device.
+        noise: of each site's share, for vectors of so many coordinates.
+        num_sites: in the sum that is attacked, at least 1: as few as a sum is opened for.
+        num_colluding: of these, those that tell the attacker what they added.
+    """
+
+    real_half: RealHalf
+    noise: Callable[[int], SharedNoise]
+    num_sites: int
+    num_colluding: int
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,14 @@ class Audit:
         return low
 
 
-def audit(study: StudyConfig, plan: PhasePlan, *, trials: int = TRIALS, device: torch.device | None = None) -> Audit:
+def audit(
+    study: StudyConfig,
+    plan: PhasePlan,
+    *,
+    trials: int = TRIALS,
+    device: torch.device | None = None,
+    joint: JointSites | None = None,
+) -> Audit:
     """Audit the discriminator's step under ``plan``, on the smallest network of the study's family.
 
     Args:
@@ -149,6 +182,7 @@ def audit(study: StudyConfig, plan: PhasePlan, *, trials: int = TRIALS, device: 
         plan: its noise, clipping and sampling are the claim.
         trials: steps with the canaries, and as many without, 1 or more.
         device: where to compute; the CPU by default.
+        joint: who makes a joint step; None for a local one.
 
     Raises:
         ConfigError: no trials, or no canary whose gradient is as large as ``plan.clip_norm``.
@@ -157,7 +191,8 @@ def audit(study: StudyConfig, plan: PhasePlan, *, trials: int = TRIALS, device: 
     if trials < 1:
         raise ConfigError(f"Expected at least 1 trial, found {trials}.", "Ask for more.")
     started = time.monotonic()
-    step = _Step(_smallest(study), device or torch.device("cpu"), plan)
+    small, device = _smallest(study), device or torch.device("cpu")
+    step: _Step = _JointStep(small, device, plan, joint) if joint else _LocalStep(small, device, plan)
     num_canaries = max(1, min(MOST_CANARIES, round(WANTED_MU * plan.mechanism.noise_multiplier)))
     movement = step.find_canary()
 
@@ -266,19 +301,11 @@ def _subsets(count: int) -> Iterator[Drawn]:
         yield tuple(number for number in range(count) if taken[number])
 
 
-class _Step:
-    """One discriminator step on chosen patients, always from the same parameters and with the same fakes."""
+class _Step(ABC):
+    """One discriminator step on chosen patients, always from the same parameters."""
 
-    def __init__(self, study: StudyConfig, device: torch.device, plan: PhasePlan) -> None:
-        self.trainer = _KeepingTrainer(study, device, plan)
-        optimizer = self.trainer.discriminator_optimizer
-        if not isinstance(optimizer, PatientOptimizer):
-            raise TypeError("a trainer with a plan has another optimizer than PatientOptimizer")
-        self.optimizer = optimizer
-        self.noise_stddev, self.clip_norm = optimizer.noise_stddev, plan.clip_norm
-        self.reader = _Reader(self.trainer.discriminator.parameters(), lr=1.0)
-        optimizer.original_optimizer = self.reader
-
+    def __init__(self, study: StudyConfig, discriminator: nn.Module, clip_norm: float) -> None:
+        self.discriminator, self.clip_norm = discriminator, clip_norm
         random = np.random.default_rng(0)
         self.num_classes = study.image.num_classes
         self.shape = (study.image.channels, study.image.size, study.image.size)
@@ -290,13 +317,31 @@ class _Step:
         # More than one image, so that a patient whose images are not averaged counts twice.
         self.images_of_canary = min(2, study.privacy.images_per_patient)
 
+    @abstractmethod
+    def sum_of(self, drawn: Drawn, num_canaries: int, *, noisy: bool) -> Tensor:
+        """The sum of one step over the other patients ``drawn`` and so many canaries, (dim,) float64.
+
+        Only from the first noisy one on do the canary and the parameters stay the same.
+        """
+
+    def batch_of(self, drawn: Drawn, num_canaries: int) -> RealBatch:
+        """What a site draws that has these patients."""
+        patients = [self.others[number] for number in drawn] + [self.canary] * num_canaries
+        counts = [len(images) for images, _ in patients]
+        empty = np.zeros((0, *self.shape), np.float32)
+        return RealBatch(
+            np.concatenate([empty, *(images for images, _ in patients)]),
+            np.repeat(np.array([label for _, label in patients], np.int64), counts),
+            np.repeat(np.arange(len(patients), dtype=np.int64), counts),
+        )
+
     def find_canary(self) -> float:
         """Choose the image, its label and the parameters that let one patient move the sum the most.
 
         Returns:
             How much that is, without noise, in units of ``clip_norm``.
         """
-        discriminator, everybody = self.trainer.discriminator, tuple(range(NUM_OTHERS))
+        discriminator, everybody = self.discriminator, tuple(range(NUM_OTHERS))
         start, most = parameters_to_vector(discriminator.parameters()).detach().clone(), 0.0
         best = self.canary, start
         for factor in WEIGHT_FACTORS:
@@ -328,21 +373,52 @@ class _Step:
             for label in {0, self.num_classes - 1}:
                 yield images.astype(np.float32), label
 
+
+class _LocalStep(_Step):
+    """A step of one site's trainer, with the same fakes every time."""
+
+    def __init__(self, study: StudyConfig, device: torch.device, plan: PhasePlan) -> None:
+        self.trainer = _KeepingTrainer(study, device, plan)
+        super().__init__(study, self.trainer.discriminator, plan.clip_norm)
+        optimizer = self.trainer.discriminator_optimizer
+        if not isinstance(optimizer, PatientOptimizer):
+            raise TypeError("a trainer with a plan has another optimizer than PatientOptimizer")
+        self.optimizer, self.noise_stddev = optimizer, optimizer.noise_stddev
+        self.reader = _Reader(self.trainer.discriminator.parameters(), lr=1.0)
+        optimizer.original_optimizer = self.reader
+
     def sum_of(self, drawn: Drawn, num_canaries: int, *, noisy: bool) -> Tensor:
-        """The sum of one step over the other patients ``drawn`` and so many canaries, (dim,) float64."""
-        patients = [self.others[number] for number in drawn] + [self.canary] * num_canaries
-        counts = [len(images) for images, _ in patients]
-        empty = np.zeros((0, *self.shape), np.float32)
-        real = RealBatch(
-            np.concatenate([empty, *(images for images, _ in patients)]),
-            np.repeat(np.array([label for _, label in patients], np.int64), counts),
-            np.repeat(np.arange(len(patients), dtype=np.int64), counts),
-        )
         self.optimizer.noise_stddev = self.noise_stddev if noisy else 0.0
-        # Until the noise begins the canary and the parameters still change: nothing is kept.
         self.trainer.begin((drawn, num_canaries) if noisy else None)
-        self.trainer.discriminator_step(real)
+        self.trainer.discriminator_step(self.batch_of(drawn, num_canaries))
         return self.reader.gradient * NUM_FAKES  # the step divides by this public number
+
+
+class _JointStep(_Step):
+    """A step of several sites: the patients are at the first, the last ones collude."""
+
+    def __init__(self, study: StudyConfig, device: torch.device, plan: PhasePlan, sites: JointSites) -> None:
+        torch.manual_seed(0)
+        super().__init__(study, networks.build_discriminator(study).to(device), plan.clip_norm)
+        self.study, self.device, self.sites = study, device, sites
+        self.noise = sites.noise(networks.num_parameters(networks.build_discriminator, study))
+        self._halves: dict[tuple[Drawn, int], NDArray[np.float64]] = {}
+
+    def sum_of(self, drawn: Drawn, num_canaries: int, *, noisy: bool) -> Tensor:
+        if not noisy:
+            return torch.from_numpy(self._half(drawn, num_canaries))
+        for patients in ((drawn, num_canaries), ((), 0)):
+            if patients not in self._halves:
+                self._halves[patients] = self._half(*patients)
+        halves = [self._halves[drawn, num_canaries]] + [self._halves[(), 0]] * (self.sites.num_sites - 1)
+        integers = [noisy_integers(half, self.noise) for half in halves]
+        known = integers[self.sites.num_sites - self.sites.num_colluding :]
+        seen = np.sum(integers, axis=0) - np.sum(known, axis=0, dtype=np.int64)
+        return torch.from_numpy(seen * 2.0**-self.noise.fraction_bits)
+
+    def _half(self, drawn: Drawn, num_canaries: int) -> NDArray[np.float64]:
+        batch = self.batch_of(drawn, num_canaries)
+        return self.sites.real_half(self.study, self.discriminator, batch, self.clip_norm, self.device)
 
 
 _Patient = tuple[NDArray[np.float32], int]  # images (image, channel, row, column) and their label

@@ -37,6 +37,7 @@ from deploy.bench.measures import (
 )
 from deploy.bench.utility_cells import OTHERS, TABLES, WARM_START, Cell, all_cells, recipe, study_for
 from deploy.bench.utility_data import Data
+from deploy.bench.utility_instrument import Instrument
 from deploy.bench.utility_report import write_grid, write_report
 from deploy.bench.utility_results import Result
 from deploy.bench.utility_training import train
@@ -108,17 +109,20 @@ def run_cell(cell: Cell, path: Path | None, device: torch.device, folder: Path) 
     trained = time.monotonic()
     if cell.seed == 0:
         _write_pictures(folder, cell, synthetic, data, study)
-    measures = measure(cell, synthetic, data, device)
+    measures = measure(cell, synthetic, data, utility_data.instrument_for(cell, data, folder), device)
     seconds = {"data": loaded - began, "training": trained - loaded, "measures": time.monotonic() - trained}
     return Result(cell, recipe(cell), measures, seconds, _facts(study, data, device))
 
 
-def measure(cell: Cell, synthetic: Synthetic, data: Data, device: torch.device) -> dict[str, float]:
+def measure(
+    cell: Cell, synthetic: Synthetic, data: Data, instrument: Instrument, device: torch.device
+) -> dict[str, float]:
     """All measures that the data allow."""
     chosen = np.random.default_rng(0).permutation(len(data.test))[:NUM_COMPARED]
     real = features(data.test[chosen])
     fake = features(synthetic.images[:NUM_COMPARED])
-    found = {"frechet": frechet(real, fake)} | neighbourhoods(real, fake)
+    learned = [instrument.features(images) for images in (data.test[chosen], synthetic.images[:NUM_COMPARED])]
+    found = {"frechet": frechet(real, fake), "frechet_learned": frechet(*learned)} | neighbourhoods(real, fake)
     if len(np.unique(data.test_labels)) > 1:
         sets = (synthetic.images, synthetic.labels, data.test, data.test_labels)
         found["accuracy"] = downstream_accuracy(*sets, device, epochs=5)

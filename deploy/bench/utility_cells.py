@@ -18,7 +18,7 @@ ALGORITHMS = (OTHERS, WARM_START, LOCAL, JOINT, MOMENTS, BOTH, NOT_PRIVATE)
 PRIVATE = (LOCAL, JOINT, MOMENTS, BOTH)
 
 PHANTOMS, MNIST, FASHION, CHEST, T1 = "phantoms", "mnist", "fashion-mnist", "chest", "t1"
-MEASURES_VERSION = 1
+MEASURES_VERSION = 2
 """Raise this when a measure, the data or the settings below change in a way that the study does not show."""
 
 

@@ -7,7 +7,7 @@ Phantoms are drawn here; the rest is read from where the user says.
 | phantoms | nothing | five looks in turn over the patients, dealt over the sites | lesion | 2000 others, a slice each |
 | mnist, fashion-mnist | an npz with x_train, y_train, x_test, y_test | dealt | class | the test set |
 | chest | a folder, each subfolder a site: pictures with a table | the subfolders | opacity: any finding | held out |
-| t1 | an npz with x, site, subject: one axial slice each | as said | none: only one site knows any | held out |
+| t1 | an npz with x, z, site, subject: one axial slice each | as said | none: only one site knows any | held out |
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,18 @@ from common.errors import ConfigError
 from common.orientation import SLICE_RANGE
 from common.phantom import brain
 from deploy.bench.measures import Images, Labels
-from deploy.bench.utility_cells import BASES, CHEST, FASHION, MNIST, T1, Cell
+from deploy.bench.utility_cells import BASES, CHEST, FASHION, MEASURES_VERSION, MNIST, PHANTOMS, T1, Cell
+from deploy.bench.utility_instrument import Instrument, Lesson, kept_instrument
 
 NUM_LOOKS = 5
 SLICES_A_PATIENT = 6
 NUM_TEST, NUM_OTHERS = 2000, 8000
 NO_FINDING = "No Finding"
 _CHUNK = 250
+
+Facts = NDArray[np.float32]
 TEST_SEED, OTHERS_SEED, TRAINING_SEED = 1, 2, 3
+NUM_LESSONS, LESSON_LOOKS, LESSON_SEED = 32_000, 40, 50  # of the phantoms that the measuring instrument learns from
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Data:
         test_labels: (count,).
         others: images of real patients other than those of the test; for data of fixed size, the training patients.
         other_labels: (count,).
+        other_facts: what a measuring instrument learns to read off ``others``: (count, facts). Of phantoms none.
     """
 
     sites: dict[str, PreparedCohort]
@@ -53,22 +58,25 @@ class Data:
     test_labels: Labels
     others: Images
     other_labels: Labels
+    other_facts: Facts
 
 
 @dataclass(frozen=True)
 class Patients:
-    """Images of some patients: uint8 (count, 1, size, size), their labels, and where each patient's images start."""
+    """Images of some patients: uint8 (count, 1, size, size), their labels, where each patient's images start, and what
+    else is known of each image: (count, facts)."""
 
     images: NDArray[np.uint8]
     labels: Labels
     starts: NDArray[np.int64]
+    facts: Facts
 
     def take(self, chosen: Sequence[int]) -> "Patients":
         """Only these patients, in this order."""
         rows = [np.arange(self.starts[patient], self.starts[patient + 1]) for patient in chosen]
         joined = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        return Patients(self.images[joined], self.labels[joined], starts)
+        return Patients(self.images[joined], self.labels[joined], starts, self.facts[joined])
 
     @property
     def count(self) -> int:
@@ -137,8 +145,67 @@ def draw_patients(count: int, seed: int, slices: int, size: int) -> Patients:
             heights = rng.uniform(*SLICE_RANGE, size=len(ill))
             planes = brain.render_slices(anatomies, [looks[k] for k in owner], heights, size, rng=rng)
             images[start : start + len(ill), number] = np.clip((planes - low) / (high - low), 0, 1) * 255
-    labels = np.repeat(lesion.astype(np.int64), slices)
-    return Patients(images.reshape(-1, 1, size, size), labels, np.arange(count + 1, dtype=np.int64) * slices)
+    labels, starts = np.repeat(lesion.astype(np.int64), slices), np.arange(count + 1, dtype=np.int64) * slices
+    return Patients(images.reshape(-1, 1, size, size), labels, starts, _none_of(labels))
+
+
+def draw_lesson(count: int, seed: int, size: int) -> Lesson:
+    """Phantoms of 40 hospitals, the five of ``draw_patients`` among them, and what one image can show of each.
+
+    Args:
+        count: images, each of another patient.
+        seed: of all that differs between them.
+        size: pixels along each side.
+    """
+    looks = [brain.site_look(number + 1) for number in range(LESSON_LOOKS)]
+    scales = np.array([brain.percentiles(look) for look in looks])
+    contrasts = np.array(
+        [
+            [look.gm / look.wm, look.csf / look.wm, look.fat / look.wm, look.noise_stddev, look.field_of_view_mm[0]]
+            for look in looks
+        ]
+    )
+    images = np.empty((count, 1, size, size), np.float32)
+    facts = []
+    for start in range(0, count, _CHUNK):
+        rng = np.random.default_rng([seed, start])
+        number = min(_CHUNK, count - start)
+        ill, owner = rng.integers(2, size=number).astype(bool), rng.integers(LESSON_LOOKS, size=number)
+        anatomies, heights = brain.draw_anatomies(rng, lesion=ill), rng.uniform(*SLICE_RANGE, size=number)
+        planes = brain.render_slices(anatomies, [looks[k] for k in owner], heights, size, rng=rng)
+        low, high = scales[owner].T[:, :, None, None]
+        images[start : start + number, 0] = 2 * np.clip((planes - low) / (high - low), 0, 1) - 1
+        known = (
+            heights,
+            anatomies.rotation[:, 0, 1],
+            anatomies.scale[:, :2],
+            anatomies.offset_mm[:, :2],
+            np.log(anatomies.ventricles[:, 0]),
+            anatomies.scalp_mm,
+            ill,
+            ill * anatomies.lesion_centre_mm[:, 0],
+            ill * (2 * anatomies.lesion_bright - 1),
+            contrasts[owner],
+        )
+        facts.append(np.column_stack(known).astype(np.float32))
+    return Lesson(images, np.concatenate(facts))
+
+
+def instrument_for(cell: Cell, data: Data, folder: Path) -> Instrument:
+    """What measures the cell by facts that it learned to read off images other than the test's.
+
+    Args:
+        cell: the cell.
+        data: the cell's.
+        folder: of the results, where instruments are kept.
+    """
+    size, phantoms = data.test.shape[-1], cell.data == PHANTOMS
+    split = f",seed={cell.seed}" if cell.table == "real" else ""  # the others' lessons are the same for all seeds
+
+    def lesson() -> Lesson:
+        return draw_lesson(NUM_LESSONS, LESSON_SEED, size) if phantoms else Lesson(data.others, data.other_facts)
+
+    return kept_instrument(folder, f"{cell.data}{split},v{MEASURES_VERSION}", size, lesson)
 
 
 def to_floats(images: NDArray[np.uint8]) -> Images:
@@ -157,7 +224,7 @@ def _phantoms(cell: Cell, size: int) -> Data:
     if not cell.is_reference:
         everyone = _drawn(cell.patients, TRAINING_SEED + cell.seed, SLICES_A_PATIENT, size)
         sites = _deal(everyone, cell.sites)
-    return Data(sites, to_floats(test.images), test.labels, to_floats(others.images), others.labels)
+    return Data(sites, to_floats(test.images), test.labels, to_floats(others.images), others.labels, others.facts)
 
 
 @lru_cache(maxsize=1)
@@ -171,10 +238,10 @@ def _records(cell: Cell, path: Path) -> Data:
     archive = _archive(path)
     images, test = (archive[name].astype(np.uint8)[:, None] for name in ("x_train", "x_test"))
     labels, test_labels = (archive[name].astype(np.int64) for name in ("y_train", "y_test"))
-    everyone = Patients(images, labels, np.arange(len(images) + 1, dtype=np.int64))
+    everyone = Patients(images, labels, np.arange(len(images) + 1, dtype=np.int64), _one_hot(labels))
     chosen = np.random.default_rng([TRAINING_SEED, cell.seed]).permutation(len(images))
     sites = {} if cell.is_reference else _deal(everyone.take(chosen.tolist()), cell.sites)
-    return Data(sites, to_floats(test), test_labels, to_floats(images), labels)
+    return Data(sites, to_floats(test), test_labels, to_floats(images), labels, everyone.facts)
 
 
 def _real(cell: Cell, hospitals: dict[str, Patients]) -> Data:
@@ -186,8 +253,10 @@ def _real(cell: Cell, hospitals: dict[str, Patients]) -> Data:
         held_out.append(patients.take(order[:count]))
         training[name] = patients.take(order[count:])
     test, others = _joined(held_out), _joined(list(training.values()))
+    site = np.repeat(np.arange(len(training)), [len(patients.images) for patients in training.values()])
+    facts = np.column_stack([others.facts, _one_hot(site)])
     sites = {} if cell.is_reference else {name: patients.cohort() for name, patients in training.items()}
-    return Data(sites, to_floats(test.images), test.labels, to_floats(others.images), others.labels)
+    return Data(sites, to_floats(test.images), test.labels, to_floats(others.images), others.labels, facts)
 
 
 @lru_cache(maxsize=1)
@@ -206,7 +275,8 @@ def _pictures(folder: Path, size: int) -> Patients:
                 images += prepare_image(image, size)
                 labels.append(int(record.label != NO_FINDING))
         starts.append(len(images))
-    return Patients(np.stack(images)[:, None], np.array(labels, np.int64), np.array(starts, np.int64))
+    ill = np.array(labels, np.int64)
+    return Patients(np.stack(images)[:, None], ill, np.array(starts, np.int64), ill[:, None].astype(np.float32))
 
 
 @lru_cache(maxsize=1)
@@ -221,7 +291,8 @@ def _slices(path: Path, size: int) -> dict[str, Patients]:
     for site in np.unique(sites).tolist():
         rows = [np.flatnonzero((sites == site) & (subjects == one)) for one in np.unique(subjects[sites == site])]
         joined, starts = np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        hospitals[site] = Patients(small[joined], np.zeros(len(joined), np.int64), starts)
+        heights = archive["z"][joined].astype(np.float32)[:, None]
+        hospitals[site] = Patients(small[joined], np.zeros(len(joined), np.int64), starts, heights)
     return hospitals
 
 
@@ -237,4 +308,13 @@ def _joined(groups: list[Patients]) -> Patients:
         np.concatenate([group.images for group in groups]),
         np.concatenate([group.labels for group in groups]),
         np.cumsum([0, *lengths], dtype=np.int64),
+        np.concatenate([group.facts for group in groups]),
     )
+
+
+def _one_hot(classes: NDArray[np.int64]) -> Facts:
+    return np.eye(int(classes.max()) + 1, dtype=np.float32)[classes]
+
+
+def _none_of(labels: Labels) -> Facts:
+    return np.zeros((len(labels), 0), np.float32)

@@ -1,10 +1,12 @@
 """Features that know what the images show: of a small network that learned to read facts off real images.
 
-It is a measuring instrument. It may see real images, since no algorithm sees it, and it has nothing in common with the
-random convolutions that ``moments`` and ``measures.features`` use: an algorithm that is good at those only is found out.
+It is a measuring instrument, which no algorithm sees, so it may see real images. It has nothing in common with the
+random convolutions of ``measures.features``, which resemble what ``moments`` fits, and finds out what is good at those
+only.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from deploy.bench.measures import Features, Images
 
 NUM_FEATURES = 64
 INSTRUMENT_SEED = 21
-IMAGES_SEEN = 60_000  # in training, each as often as that takes
+IMAGES_SEEN, MOST_EPOCHS = 120_000, 20  # in training; each image as often as that takes, within bounds
 BATCH = 64
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 FOLDER = "instruments"
 
 
@@ -84,7 +86,7 @@ def make_instrument(lesson: Lesson) -> Instrument:
             nn.init.kaiming_uniform_(part.weight, generator=random)
             nn.init.zeros_(part.bias)  # type: ignore[arg-type]
     images = torch.from_numpy(lesson.images)
-    steps = IMAGES_SEEN // BATCH
+    steps = min(IMAGES_SEEN, MOST_EPOCHS * len(images)) // BATCH
     optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
@@ -102,8 +104,25 @@ def _network(size: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels, width = 1, 16
     while size > 4:
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         channels, width, size = width, min(64, 2 * width), size // 2
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, NUM_FEATURES))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
     return network
+
+
+def kept_instrument(folder: Path, name: str, size: int, lesson: Callable[[], Lesson]) -> Instrument:
+    """The instrument of this name that lies in the folder of results; made and kept there when there is none.
+
+    Args:
+        folder: of the results.
+        name: of all that the lesson depends on.
+        size: pixels along each side.
+        lesson: called when there is no such instrument.
+    """
+    (folder / FOLDER).mkdir(exist_ok=True)
+    path = folder / FOLDER / f"{name}.pt"
+    with locked(folder / FOLDER / "lock"):
+        if not path.exists():
+            write_atomically(path, make_instrument(lesson()).to_bytes())
+    return Instrument.from_bytes(path.read_bytes(), size)

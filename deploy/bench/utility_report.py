@@ -27,6 +27,11 @@ MARKDOWN, PAGE, GRIDS = "utility.md", "utility.html", "grids"
 MISSING = "-"
 MEASURES = {
     "frechet": ("Frechet distance on random features, lower is better", 2),
+    "frechet_learned": (
+        "Frechet distance on features that learned to read anatomy, site or label off other real images; 1 is as far "
+        "as real images spread",
+        3,
+    ),
     "precision": ("Precision: synthetic images that look like patients", 2),
     "recall": ("Recall: patients that synthetic images reach", 2),
     "density": ("Density", 2),

@@ -58,6 +58,11 @@ class SessionHere:
     def __init__(self, here: SitesHere, wanted: WantedSession) -> None:
         self._here, self._wanted, self._made = here, wanted, 0
 
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """See ``server.round.Session``."""
+        return tuple(self._here.sites) if self._made else ()
+
     def step(self, discriminator: Vector) -> StepSum:
         """See ``server.round.Session``."""
         self._made += 1

@@ -1,4 +1,4 @@
-"""One patient more or less moves a site's sum by at most 1, and the sum is the one that the server expects."""
+"""One patient more or less moves a site's sum by exactly their own vector, of a norm of at most 1."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def cohort_of(patients: list[Images], labels: list[list[int]]) -> PreparedCohort
 
 def map_of(study: StudyConfig, gain: float) -> FeatureMap:
     """Centred on black; a gain of 1 makes every image's features as long as they may be."""
-    raw = raw_feature_map(study, 2, 0, 1, np.zeros(0, np.float32))
+    raw = raw_feature_map(study, 2, 1, np.zeros(0, np.float32))
     return raw.scaled(raw.raw(torch.full((1, 1, 28, 28), -1.0))[0], torch.full((raw.num_features,), gain))
 
 
@@ -60,7 +60,7 @@ def test_it_is_the_sum_of_the_patients_means() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gain", [1e-3, 1.0, 1e6])
-def test_one_patient_moves_the_sum_by_at_most_one(gain: float, device: torch.device) -> None:
+def test_one_patient_moves_the_sum_by_their_own_vector(gain: float, device: torch.device) -> None:
     study = study_of()
     feature_map = map_of(study, gain)
     white, black = np.full((3, 1, 28, 28), 255, np.uint8), np.zeros((2, 1, 28, 28), np.uint8)
@@ -73,17 +73,21 @@ def test_one_patient_moves_the_sum_by_at_most_one(gain: float, device: torch.dev
     for left_out in range(len(patients)):
         kept = [number for number in range(len(patients)) if number != left_out]
         others = cohort_of([patients[k] for k in kept], [labels[k] for k in kept])
-        moved = np.linalg.norm(everyone - patient_sum(study, feature_map, others, device))
+        moved = everyone - patient_sum(study, feature_map, others, device)
         only = patient_sum(study, feature_map, cohort_of([patients[left_out]], [labels[left_out]]), device)
-        assert moved <= 1 and np.linalg.norm(only) <= 1
-        assert moved == pytest.approx(np.linalg.norm(only), abs=1e-5)
-        largest = max(largest, float(moved))
+        if device == CPU:
+            assert np.array_equal(moved, only)
+        else:  # the same image may have other last bits at another place in a call
+            np.testing.assert_allclose(moved, only, atol=1e-5)
+        norm = float(np.linalg.norm(moved))
+        assert norm <= 1
+        largest = max(largest, norm)
     assert gain < 1 or largest > 0.999  # not vacuous: the bound is reached
 
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_no_patient_of_any_cohort_moves_the_sum_by_more(data: st.DataObject) -> None:
+def test_every_patient_of_any_cohort_moves_the_sum_by_their_own_vector(data: st.DataObject) -> None:
     """Cohorts of 1 to 5 patients of 1 to 50 images; any gain, any number of images at once."""
     counts = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=5))
     study = study_of(rows=data.draw(st.sampled_from([1, 7, 64])))
@@ -92,9 +96,10 @@ def test_no_patient_of_any_cohort_moves_the_sum_by_more(data: st.DataObject) -> 
     labels = [data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)) for count in counts]
     everyone = patient_sum(study, feature_map, cohort_of(patients, labels), CPU)
     leaves = data.draw(st.integers(0, len(counts) - 1))
-    del patients[leaves], labels[leaves]
+    own = patient_sum(study, feature_map, cohort_of([patients.pop(leaves)], [labels.pop(leaves)]), CPU)
     others = patient_sum(study, feature_map, cohort_of(patients, labels), CPU)
-    assert np.linalg.norm(everyone - others) <= 1
+    assert np.array_equal(everyone - others, own)
+    assert np.linalg.norm(own) <= 1
 
 
 class Unbounded(FeatureMap):
@@ -112,15 +117,15 @@ class Unbounded(FeatureMap):
 @pytest.mark.parametrize(("value", "added"), [(1e30, 1.0), (-3e38, 1.0), (np.nan, 0.0), (np.inf, 0.0)])
 def test_a_map_that_breaks_its_promise_breaks_no_guarantee(value: float, added: float) -> None:
     study = study_of()
-    raw = raw_feature_map(study, 2, 0, 1, np.zeros(0, np.float32))
+    raw = raw_feature_map(study, 2, 1, np.zeros(0, np.float32))
     broken = Unbounded(study, 2, 0, 1, raw.discriminator, raw.centre, raw.gain)
     broken.value = value
     white = np.full((2, 1, 28, 28), 255, np.uint8)
     dark = np.zeros((1, 1, 28, 28), np.uint8)
-    with_it = patient_sum(study, broken, cohort_of([dark, white, dark], [[0], [1, 1], [0]]), CPU)
+    with_it = patient_sum(study, broken, cohort_of([dark, white, dark], [[0], [0, 1], [0]]), CPU)
     without = patient_sum(study, broken, cohort_of([dark, dark], [[0], [0]]), CPU)
     assert np.isfinite(with_it).all()
-    assert np.linalg.norm(with_it - without) == pytest.approx(added, abs=1e-6)
+    assert np.linalg.norm(with_it - without) == pytest.approx(added, abs=1e-4)
 
 
 def test_it_does_not_depend_on_how_many_images_are_held_at_once() -> None:

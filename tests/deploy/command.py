@@ -69,3 +69,11 @@ def tiny_study(path: Path, **changes: Any) -> Path:
         (tree[part] if part else tree)[leaf] = value
     path.write_text(tomli_w.dumps(tree))
     return path
+
+
+def phased_study(path: Path, **changes: Any) -> Path:
+    """The tiny study with ``federation__phase`` in place of its rounds, and other keys changed."""
+    tree = tomllib.loads(tiny_study(path, **changes).read_text())
+    del tree["federation"]["rounds"], tree["federation"]["local_steps"]
+    path.write_text(tomli_w.dumps(tree))
+    return path

@@ -248,7 +248,8 @@ class TestData:
         x = np.random.default_rng(0).integers(256, size=(60, 128, 128)).astype(np.uint8)
         subject = np.array([f"s{number // 3}" for number in range(60)])
         site = np.where(np.arange(60) < 30, "a", "b")
-        np.savez(tmp_path / "t1.npz", x=x, subject=subject, site=site)
+        z = np.arange(60) % 3
+        np.savez(tmp_path / "t1.npz", x=x, z=z, subject=subject, site=site)
         data = utility_data.load(Cell("real", "t1", 0, 8.0, 2, LOCAL, 0), tmp_path / "t1.npz")
         assert [site.num_patients for site in data.sites.values()] == [7, 7]
         assert all(np.diff(site.starts).tolist() == [3] * 7 for site in data.sites.values())

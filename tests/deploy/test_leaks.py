@@ -14,13 +14,14 @@ from flwr.app import Message
 from PIL import Image
 
 import deploy.simulate
-from client import training
+from client import joint, training
 from client.accountant import open_ledger
 from client.data.inventory import list_patients
 from client.training import SiteStudy
 from common.gan.training import RealBatch
 from deploy.local_grid import LocalGrid
-from tests.deploy.command import synthward, tiny_study
+from server.record import read_metrics
+from tests.deploy.command import phased_study, synthward
 from tests.deploy.conftest import MARK, bytes_of
 
 NOTE, LABEL, BROKEN, TEXT = "Okapi5521note", "Quagga8812label", "Tapir9934broken", "Numbat4410text"
@@ -94,7 +95,7 @@ def left(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
             codes.extend(str(fact["code"]) for fact in facts if fact["kind"] == "refusal")
             return pulled
 
-    draw, failed = training.draw, []
+    draw, failed = joint.draw, []  # the joint steps keep it: an error in the only one of that phase would end it
 
     def failing_once(at: SiteStudy) -> RealBatch:
         if at.site == "north" and not failed:
@@ -118,7 +119,12 @@ def left(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(deploy.simulate, "LocalGrid", Listening)
             patch.setattr(training, "draw", failing_once)
-            study = tiny_study(folder / "study.toml", federation__rounds=3)
+            phases = [
+                {"algorithm": "moments", "share": 0.4},
+                {"algorithm": "joint", "share": 0.3, "steps": 3},
+                {"algorithm": "local", "share": 0.3, "rounds": 3, "steps": 3},
+            ]
+            study = phased_study(folder / "study.toml", federation__phase=phases, gan__moments_steps=12)
             sites = ("--site", f"north={north}", "--site", f"south={hospitals['south']}")
             result = synthward("simulate", study, *sites, "--out", folder / "run")
     finally:
@@ -126,6 +132,7 @@ def left(hospitals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         root.setLevel(level)
     assert result.status == 0, result.err
     assert failed
+    assert [line["algorithm"] for line in read_metrics(folder / "run")][:3] == ["moments", "joint", "local"]
     yield Left(
         folder / "run",
         b"".join(sent),

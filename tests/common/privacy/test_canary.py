@@ -4,6 +4,8 @@ The noise is the operating system's. A step that is right is refuted with probab
 less in fact (see the exact figures below); planted defects are as large as to show for certain at the trials given.
 """
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +20,18 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import binom
 from torch import Tensor, nn
 
+from client.real_half import real_half
 from common import progress
 from common.config import StudyConfig
 from common.errors import ConfigError
-from common.gan import networks
+from common.gan import halves, networks
 from common.gan.training import GanTrainer
 from common.privacy import canary, gradient, noise
 from common.privacy import sampling as sampling_module
 from common.privacy.accounting import Mechanism
-from common.privacy.canary import audit, gaussian_epsilon, mu_at_least
+from common.privacy.canary import JointSites, audit, gaussian_epsilon, mu_at_least
 from common.privacy.plan import PhasePlan
+from common.privacy.shared_noise import SharedNoise, noisy_integers, shared_noise
 from tests.common.gan.trainers import small_study
 
 MULTIPLIERS = [0.5, 1.5, 5.0, 30.0]
@@ -356,3 +360,136 @@ def test_a_right_step_on_a_cuda_device_is_not_refuted(noise_multiplier: float) -
     found = audit(labelled(), plan_of(noise_multiplier), trials=FEW, device=torch.device("cuda"))
     assert found.refuted == ()
     assert 0.1 < found.inverse_noise_found / found.inverse_noise_claimed <= 1
+
+
+# ---------------------------------------------------------------- a step that sites make together
+
+
+def joint_of(
+    plan: PhasePlan, num_sites: int = 3, num_colluding: int = 1, add: Callable[[SharedNoise], SharedNoise] = lambda n: n
+) -> JointSites:
+    """Sites that share the noise so that those that do not collude make all of it; ``add`` changes their share."""
+    num_noisy = num_sites - num_colluding
+
+    def noise(length: int) -> SharedNoise:
+        return add(shared_noise(plan, length, 300, num_sites, num_noisy))
+
+    return JointSites(real_half, noise, num_sites, num_colluding)
+
+
+def joint_audit(noise_multiplier: float, trials: int = FEW, **sites: Any) -> canary.Audit:
+    plan = plan_of(noise_multiplier)
+    return audit(labelled(), plan, trials=trials, joint=joint_of(plan, **sites))
+
+
+@pytest.mark.parametrize(("num_sites", "num_colluding"), [(2, 1), (3, 1), (3, 2), (5, 2), (1, 0)])
+@pytest.mark.parametrize("noise_multiplier", [0.5, 5.0])
+def test_a_right_joint_step_is_not_refuted_and_the_bound_is_near(
+    noise_multiplier: float, num_sites: int, num_colluding: int
+) -> None:
+    found = joint_audit(noise_multiplier, num_sites=num_sites, num_colluding=num_colluding)
+    assert found.refuted == ()
+    assert 0.1 < found.inverse_noise_found / found.inverse_noise_claimed <= 1
+    assert 0.999 < found.movement <= 1
+    assert 0.3 < found.sampling_found < 0.5
+
+
+@pytest.mark.parametrize("loss", ["non_saturating", "hinge", "least_squares"])
+@pytest.mark.parametrize(("normalization", "clip_norm"), [("none", 50.0), ("group", 1e-3)])
+def test_a_canary_of_a_joint_step_is_found_for_every_loss_network_and_clip_norm(
+    loss: str, normalization: str, clip_norm: float
+) -> None:
+    study = small_study(gan={"loss": loss, "discriminator_normalization": normalization})
+    plan = plan_of(1.5, clip_norm)
+    found = audit(study, plan, trials=2, joint=joint_of(plan))
+    assert found.refuted == () and 0.99 < found.movement <= 1
+
+
+def silent_first(monkeypatch: pytest.MonkeyPatch, num_sites: int) -> None:
+    """The site of the canaries adds no noise; the others do."""
+    calls = itertools.count()
+
+    def silent(half: Any, noise: SharedNoise) -> Any:
+        return noisy_integers(half, replace(noise, scale=0) if next(calls) % num_sites == 0 else noise)
+
+    monkeypatch.setattr(canary, "noisy_integers", silent)
+
+
+def test_the_only_honest_site_of_a_joint_step_that_adds_no_noise_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent_first(monkeypatch, 3)
+    assert joint_audit(1.5, num_sites=3, num_colluding=2).refuted == ("noise",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_multiplier", [0.5, 5.0])
+def test_one_of_three_sites_that_adds_no_noise_is_refuted(
+    noise_multiplier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One colludes, so that half of the noise is left: 0.71 of the deviation."""
+    assert probability_of_refuting(noise_multiplier, 0.5**0.5, 2000) > 0.9999
+    silent_first(monkeypatch, 3)
+    assert joint_audit(noise_multiplier, 2000).refuted == ("noise",)
+
+
+@pytest.mark.slow
+def test_one_of_three_honest_sites_that_adds_no_noise_is_refuted_by_the_default_audit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody colludes: 0.82 of the deviation is left."""
+    assert probability_of_refuting(1.5, (2 / 3) ** 0.5, 10_000) > 0.9999
+    silent_first(monkeypatch, 3)
+    assert joint_audit(1.5, canary.TRIALS, num_colluding=0).refuted == ("noise",)
+
+
+def test_noise_that_is_divided_twice_is_refuted() -> None:
+    # Five sites, one of which colludes: half of the deviation.
+    assert probability_of_refuting(1.5, 0.5, 4 * FEW) > 1 - 1e-5
+
+    def twice(noise: SharedNoise) -> SharedNoise:
+        return replace(noise, scale=round(noise.scale / 2))
+
+    assert joint_audit(1.5, 4 * FEW, num_sites=5, add=twice).refuted == ("noise",)
+
+
+def test_noise_that_is_shared_with_those_who_collude_is_refuted() -> None:
+    # Divided by all three, though two tell theirs: 0.58 of the deviation.
+    assert probability_of_refuting(1.5, 3**-0.5, 6 * FEW) > 0.999
+
+    def by_all(noise: SharedNoise) -> SharedNoise:
+        return replace(noise, scale=round(noise.scale * 3**-0.5))
+
+    assert joint_audit(1.5, 6 * FEW, num_sites=3, num_colluding=2, add=by_all).refuted == ("noise",)
+
+
+def test_no_noise_in_a_joint_step_is_refuted() -> None:
+    found = joint_audit(1.5, add=lambda noise: replace(noise, scale=0))
+    assert (found.false_alarms, found.misses, found.refuted) == (0, 0, ("noise",))
+
+
+def test_clipping_a_fifth_too_wide_in_a_joint_step_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "ROUNDING_MARGIN", -0.2)
+    found = joint_audit(1.5, 2)
+    assert found.refuted == ("sensitivity",) and found.movement == pytest.approx(1.2, abs=1e-3)
+
+
+def test_images_of_a_patient_that_are_not_averaged_in_a_joint_step_are_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = halves._calls
+
+    def an_owner_each(owner: Any, max_images: int) -> Any:
+        return calls(np.arange(len(owner)), max_images)
+
+    def not_averaged(network: nn.Module, owner: Tensor, num_owners: int) -> int:
+        return gradient.average_over_owners(network, torch.arange(len(owner)), len(owner))
+
+    monkeypatch.setattr(halves, "_calls", an_owner_each)
+    monkeypatch.setattr(halves, "average_over_owners", not_averaged)
+    found = joint_audit(1.5, 2)
+    assert found.refuted == ("sensitivity",) and found.movement == pytest.approx(2, abs=1e-2)
+
+
+def test_sensitivity_that_leaves_out_the_rounding_is_too_small_to_see() -> None:
+    """What the module says of itself: at the finest steps it is a part in ten thousand of the noise."""
+    plan = plan_of(1.5)
+    noise = shared_noise(plan, 2000, 300, 3, 2)
+    assert 1 < noise.sensitivity / plan.clip_norm < 1 + 1e-3
+    assert replace(joint_audit(1.5, 2), trials=canary.TRIALS).visible_noise < 1 - 1e-2

@@ -19,7 +19,8 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = """
 study.image.size=28 study.gan.generator_width=8 study.gan.discriminator_width=4 study.gan.latent_size=16
 study.gan.warm_start_steps=10 study.gan.generator_batch_size=8 study.privacy.sampling_probability=1.0
-study.federation.rounds=2 study.federation.local_steps=3
+study.gan.moments_steps=10
+study.federation.phase="moments share=0.5; joint share=0.3 steps=2; local share=0.2 steps=3"
 study.federation.contracted_patients="north=25,south=25"
 """
 
@@ -80,12 +81,12 @@ def test_two_sites_train_through_flower(hospitals: dict[str, Path], tmp_path: Pa
     assert flower_run["status"] == "finished:completed", done.stdout  # `flwr run` exits 0 in any case
 
     facts = RunRecord.load(out)
-    assert (facts.status, facts.rounds_completed, facts.refused_sites) == ("completed", 2, {})
+    assert (facts.status, facts.rounds_completed, facts.refused_sites) == ("completed", 3, {})
     assert facts.aggregation == "secure"
     assert [site.name for site in facts.sites] == ["north", "south"]
     for site in facts.sites:
-        assert site.rounds == [1, 2]
-        assert accounting.num_steps(record.history(site)) == 6
+        assert site.rounds == [1, 2, 3]
+        assert accounting.num_steps(record.history(site)) == 1 + 2 + 3
         assert site.epsilon == accounting.epsilon(record.history(site), 1e-5) <= 8.0
         assert (out / "sites" / site.name / "holdout.key").exists()
     assert (out / "report.html").exists()

@@ -9,6 +9,7 @@ import pytest
 
 import client.training
 from common.config import StudyConfig
+from deploy.runs import EXAMPLES
 from server import record
 from tests.deploy.command import synthward, tiny_study
 
@@ -44,7 +45,11 @@ def test_fifty_more_sites_take_less_than_40_mb_each(hospitals: dict[str, Path], 
 def test_everything_but_training_is_less_than_a_tenth_of_the_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the built-in phantom study. A moment counts as training when at least one site trains."""
+    """Local rounds of the built-in networks. A moment counts as training when at least one site trains."""
+    local = {"phase": [], "rounds": 3, "local_steps": 30}
+    study = StudyConfig.from_toml(EXAMPLES / "phantom.toml").with_changes("federation", **local)
+    study = study.with_changes("gan", warm_start="none").with_changes("privacy", sampling_probability=0.5)
+    study.save(tmp_path / "study.toml")
     trained: list[tuple[float, float]] = []
     train = client.training._train
 
@@ -54,7 +59,7 @@ def test_everything_but_training_is_less_than_a_tenth_of_the_rounds(
         trained.append((started, time.monotonic()))
 
     monkeypatch.setattr(client.training, "_train", timed)
-    result = synthward("simulate", "--phantom", 100, "--sites", 3, "--rounds", 3, "--out", tmp_path / "run")
+    result = synthward("simulate", tmp_path / "study.toml", "--phantom", 100, "--sites", 3, "--out", tmp_path / "run")
     assert result.status == 0, result.err
     training, until = 0.0, 0.0
     for start, end in sorted(trained):

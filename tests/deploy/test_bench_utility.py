@@ -35,6 +35,7 @@ from deploy.bench.utility_cells import (
     recipe,
     study_for,
 )
+from deploy.bench.utility_instrument import Lesson, kept_instrument, make_instrument
 from deploy.bench.utility_results import Result
 from deploy.bench.utility_training import train
 from server.warm_start import warm_start
@@ -126,6 +127,60 @@ class TestFrechet:
     def test_features_do_not_depend_on_who_else_is_measured(self) -> None:
         images = utility_data.to_floats(utility_data.draw_patients(20, 1, 1, 32).images)
         np.testing.assert_allclose(measures.features(images)[:3], measures.features(images[:3]), rtol=1e-4, atol=1e-5)
+
+
+class TestInstrument:
+    """Discs on either side, bright or dim: either may be the fact."""
+
+    def discs(
+        self, seed: int, count: int = 300, **same: float
+    ) -> tuple[measures.Images, dict[str, NDArray[np.float64]]]:
+        rng = np.random.default_rng(seed)
+        drawn = {name: rng.integers(2, size=count).astype(float) for name in ("side", "bright")}
+        drawn |= {name: np.full(count, value) for name, value in same.items()}
+        rows, columns = np.mgrid[:16, :16]
+        inside = (rows - 8) ** 2 + (columns - (4 + 7 * drawn["side"])[:, None, None]) ** 2 < 9
+        level = (0.5 + 0.5 * drawn["bright"])[:, None, None]
+        return (level * inside - 0.5 + 0.1 * rng.standard_normal((count, 16, 16)))[:, None].astype(np.float32), drawn
+
+    def lesson(self, fact: str = "side") -> Lesson:
+        images, drawn = self.discs(0, 2000)
+        return Lesson(images, np.column_stack([drawn[fact], np.ones(2000)]).astype(np.float32))
+
+    def test_it_sees_the_fact_it_learned_before_all_else(self) -> None:
+        distance = {}
+        for fact in ("side", "bright"):
+            instrument = make_instrument(self.lesson(fact))
+            here, same, one_side, one_level = (
+                instrument.features(images)
+                for images, _ in (self.discs(1), self.discs(2), self.discs(3, side=0), self.discs(4, bright=0))
+            )
+            assert here.shape == (300, 64)
+            distance[fact] = [measures.frechet(here, other) for other in (same, one_side, one_level)]
+        assert max(found[0] for found in distance.values()) < 0.05
+        # How far away one side only is, in units of one level only: more for who learned the sides.
+        side, bright = (found[1] / found[2] for found in (distance["side"], distance["bright"]))
+        assert side > 1.4 * bright, distance
+
+    def test_it_is_made_once_and_is_the_same_after(self, tmp_path: Path) -> None:
+        made = []
+
+        def lesson() -> Lesson:
+            made.append(self.lesson())
+            return made[-1]
+
+        images, _ = self.discs(1)
+        first, again = (kept_instrument(tmp_path, "discs", 16, lesson).features(images) for _ in range(2))
+        other = kept_instrument(tmp_path, "others", 16, lesson).features(images)
+        assert len(made) == 2  # one a name
+        np.testing.assert_array_equal(first, again)
+        np.testing.assert_array_equal(first, other)
+
+    def test_phantoms_of_the_lesson_come_with_what_they_show(self) -> None:
+        lesson = utility_data.draw_lesson(60, 5, 16)
+        assert lesson.images.shape == (60, 1, 16, 16) and len(lesson.facts) == 60
+        assert lesson.images.min() == -1 and lesson.images.max() == 1
+        assert (lesson.facts.std(axis=0) > 0).all()
 
 
 class TestDownstream:

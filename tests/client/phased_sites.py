@@ -69,6 +69,9 @@ def killed(work: Callable[[], object]) -> None:
     """Do it in a process of its own, which has to kill itself in the middle of it."""
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # a child that hangs fails the test
+        torch.set_num_threads(1)  # OpenMP's threads, which the parent may have, do not survive a fork
         try:
             work()
         finally:

@@ -14,8 +14,8 @@ from client.settings import SiteSettings
 from common import study_signature
 from common.config import StudyConfig
 from common.errors import OverBudget, PolicyError, PrivacyError
-from common.privacy.accounting import History, epsilon
-from common.privacy.plan import check_delta, make_plan
+from common.privacy.accounting import History, epsilon, num_steps, of_audits
+from common.privacy.plan import audit_cost, check_delta, make_plan
 
 _NO_SUM = "Not asked: the study makes no secure sum."
 _OUTPUT_OF: dict[str, Output] = {"secure": "masked_updates", "plain": "plain_updates"}
@@ -30,14 +30,88 @@ class Rule:
     why: str
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a site's ledger holds for the patients of a study.
+
+    Args:
+        training: on those that it trains on: one history for each group of them with the same lines, this study's
+            included.
+        held_out: the same of those that it holds out.
+        here: the part of ``training`` that is this study's: it need not be paid for again.
+    """
+
+    training: tuple[History, ...] = ((),)
+    held_out: tuple[History, ...] = ((),)
+    here: History = ()
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Epsilons of the patient on whom most is spent: now, and when all is charged that a study has planned.
+
+    Args:
+        spent: now, on whichever side.
+        training: then, of those that are trained on: the rounds and the audit's verdicts.
+        held_out: then, of those that are held out: the verdicts.
+    """
+
+    spent: float
+    training: float
+    held_out: float
+
+    @property
+    def after(self) -> float:
+        """Then, on whichever side."""
+        return max(self.training, self.held_out)
+
+
+def outlook(study: StudyConfig, spent: Spent, delta: float) -> Outlook:
+    """What a study would take a site to.
+
+    Args:
+        study: with its contract.
+        spent: what the site's ledger holds.
+        delta: of the site's budget.
+
+    Raises:
+        ConfigError: no noise gives what the study promises.
+    """
+    training, held_out = rest_of(study, spent.here)
+    return Outlook(
+        max(epsilon(history, delta) for history in (*spent.training, *spent.held_out)),
+        max(epsilon((*history, *training), delta) for history in spent.training),
+        max(epsilon((*history, *held_out), delta) for history in spent.held_out),
+    )
+
+
+def rest_of(study: StudyConfig, spent_here: History) -> tuple[History, History]:
+    """What the study has planned and not yet charged here: patients that it trains on, and those that it holds out."""
+    plan = make_plan(study)
+    if plan is None:
+        return (), ()
+    audit = audit_cost(study).left(num_steps(of_audits(spent_here)))
+    return (*plan.left(spent_here), *audit.training), audit.held_out
+
+
+def whole_cost(study: StudyConfig) -> float:
+    """The smallest budget, to four digits, under which a patient can take part in all of a study, its audit included.
+
+    The study's own epsilon where nothing comes on top of it; so it is without privacy.
+    """
+    privacy = study.privacy
+    if not audit_cost(study).training:
+        return privacy.epsilon
+    return max(privacy.epsilon, rounded_up(outlook(study, Spent(), privacy.delta).after))
+
+
+def rounded_up(value: float) -> float:
+    """Four digits: no figure looks smaller than it is."""
+    return float(Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(value))
+
+
 def decide(
-    policy: Policy,
-    settings: SiteSettings,
-    study: StudyConfig,
-    signature: bytes,
-    histories: Sequence[History] | None,
-    *,
-    spent_here: History = (),
+    policy: Policy, settings: SiteSettings, study: StudyConfig, signature: bytes, spent: Spent | None
 ) -> tuple[Rule, ...]:
     """What every rule of the policy says to a study: always all rules, in one order. All must allow it.
 
@@ -46,9 +120,8 @@ def decide(
         settings: the site's.
         study: what is asked.
         signature: on the study; empty for none.
-        histories: what the ledger holds for the site's patients, one for each group of them with the same lines;
-            those of this study included. None not to ask about the budget, which every charge is measured by.
-        spent_here: the part of them that is this study's. Its steps need not be paid for again.
+        spent: what the ledger holds for the site's patients. None not to ask about the budget, which every charge is
+            measured by.
 
     Raises:
         ConfigError: no noise gives what the study promises: nothing that a policy could decide.
@@ -66,7 +139,7 @@ def decide(
         _sampling_rule(policy, study),
         _private_rule(data, study),
         _delta_rule(data, settings, study),
-        _budget_rule(data, study, histories, spent_here),
+        _budget_rule(data, study, spent),
     )
 
 
@@ -200,28 +273,25 @@ def _delta_rule(data: DataPolicy | None, settings: SiteSettings, study: StudyCon
     return Rule("delta", True, why)
 
 
-def _budget_rule(
-    data: DataPolicy | None, study: StudyConfig, histories: Sequence[History] | None, spent_here: History
-) -> Rule:
+def _budget_rule(data: DataPolicy | None, study: StudyConfig, spent: Spent | None) -> Rule:
     if data is None:
         return Rule("budget", False, "The policy has no budget for this folder.")
     if not study.privacy.enabled:
         why = "Public data: nothing is spent." if data.public else "No budget covers training without privacy."
         return Rule("budget", data.public, why)
     allows = f"The policy allows epsilon {data.epsilon:.6g} at delta {data.delta:.6g} for any patient"
-    if histories is None:
+    if spent is None:
         return Rule("budget", True, f"{allows}; every charge is measured by it.")
-    rest = rest_of(study, spent_here)
-    spent = max(epsilon(history, data.delta) for history in histories)
-    total = max(epsilon((*history, *rest), data.delta) for history in histories)
-    why = f"{allows}; {_figure(spent)} is spent, and with the rest of the study it would be {_figure(total)}."
-    return Rule("budget", total <= data.epsilon, why)
-
-
-def rest_of(study: StudyConfig, spent_here: History) -> History:
-    """What the study has planned and not yet charged here."""
-    plan = make_plan(study)
-    return plan.left(spent_here) if plan else ()
+    found = outlook(study, spent, data.delta)
+    why = f"{allows}; {_figure(found.spent)} is spent, and with the rest of the study"
+    if audit_cost(study).training:
+        why += (
+            f" and its audit it would be {_figure(found.training)}, or {_figure(found.held_out)} for patients that are "
+            "held out."
+        )
+    else:
+        why += f" it would be {_figure(found.training)}."
+    return Rule("budget", found.after <= data.epsilon, why)
 
 
 def _all(names: Sequence[str]) -> str:
@@ -229,5 +299,4 @@ def _all(names: Sequence[str]) -> str:
 
 
 def _figure(value: float) -> str:
-    """Four digits, rounded up: no figure looks smaller than it is."""
-    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(value)):g}"
+    return f"{rounded_up(value):g}"

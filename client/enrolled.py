@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from client.accountant import SiteAccountant, open_ledger
@@ -15,7 +16,7 @@ from common.errors import SiteError
 from common.files import write_atomically
 from common.privacy.plan import make_plan
 
-PREPARED, ENROLLED_FILE = "prepared", "enrolled.json"
+PREPARED, ENROLLED_FILE, FIRST_CONTRACT_FILE = "prepared", "enrolled.json", "holdout.json"
 TRAINING, HELD_OUT = "training", "held_out"
 
 
@@ -73,12 +74,41 @@ def open_accountant(settings: SiteSettings, study: StudyConfig, enrolled: Enroll
     plan = make_plan(study)
     if plan is None:
         return None
-    patients, budget = data_set(settings, enrolled.prepared), policy.budget_of(settings.data)
-    return SiteAccountant(open_ledger(settings.folder), patients, budget, study, enrolled.run, plan)
+    training, held_out = data_sets(settings, enrolled.prepared)
+    ledger, budget = open_ledger(settings.folder), policy.budget_of(settings.data)
+    return SiteAccountant(ledger, training, budget, study, enrolled.run, plan, held_out)
 
 
-def data_set(settings: SiteSettings, prepared: str) -> DataSet:
-    """All patients of a state of the data: those held out count as well, because the audit will read them."""
-    folder = settings.folder / PREPARED / prepared
-    patients = [patient for name in (TRAINING, HELD_OUT) for patient in slices.reopen(folder, name=name).patient_ids]
-    return data_set_of(ledger_key(cohort.holdout_key(settings.folder)), settings.data, patients)
+def first_contract(folder: Path) -> int | None:
+    """The contracted size at the site's first split, which fixed the share for ever; None before that.
+
+    Raises SiteError when the file that says so is damaged.
+    """
+    path = folder / FIRST_CONTRACT_FILE
+    try:
+        return int(json.loads(path.read_bytes())["contracted_patients"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SiteError(
+            f"{path} is damaged: with another share of patients held out, some of them would be trained on.",
+            "Restore it from a backup.",
+        ) from None
+
+
+def data_sets(settings: SiteSettings, prepared: str) -> tuple[DataSet, DataSet]:
+    """The patients that are trained on, and those that are held out, in a state of the data.
+
+    **Guarantee.** Training reads the first only, an audit both, and each pays for what reads it. A patient stays on one
+    side for the life of a site's folder: the coin is a function of the site's key, the patient's id and the share
+    (``client/data/cohort.py``); a site that has prepared data takes no other key, and its first contract fixes the
+    share (``client/enrolment.py``). The budget does not rest on this: the ledger adds up what was spent on a patient,
+    on whichever side, and patients of lines older than this division count as they did.
+    """
+    if not (settings.folder / cohort.KEY_NAME).exists():  # a new key would be of another split
+        raise SiteError(f"{settings.folder / cohort.KEY_NAME} is gone.", "Restore the key.")
+    folder, key = settings.folder / PREPARED / prepared, ledger_key(cohort.holdout_key(settings.folder))
+    training, held_out = (
+        data_set_of(key, settings.data, slices.reopen(folder, name=name).patient_ids) for name in (TRAINING, HELD_OUT)
+    )
+    return training, held_out

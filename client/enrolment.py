@@ -8,15 +8,18 @@ from typing import Any
 
 from client.accountant import open_ledger
 from client.data import cohort, slices
+from client.data.canaries import canaries_of
 from client.data.inventory import take_inventory
-from client.decision import decide, refuse_unless_allowed
+from client.decision import Spent, decide, refuse_unless_allowed
 from client.enrolled import (
+    FIRST_CONTRACT_FILE,
     HELD_OUT,
     PREPARED,
     TRAINING,
     Enrolled,
-    data_set,
+    data_sets,
     data_settings,
+    first_contract,
     note_enrolled,
     open_accountant,
     read_enrolled,
@@ -34,7 +37,7 @@ from common.privacy.accounting import History
 from common.privacy.plan import check_delta, make_plan
 
 logger = logging.getLogger("synthward.site")
-CHECK_FILE, REFUSED_FILE, FIRST_CONTRACT_FILE = "data-check.json", "refused.json", "holdout.json"
+CHECK_FILE, REFUSED_FILE = "data-check.json", "refused.json"
 CHECKS_VERSION = 1  # raise it when the checks or the preparation change, so that sites check their data again
 DataCheck = dict[str, Any]
 
@@ -52,7 +55,7 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
     """
     study.contracted_split(settings.name)
     policy = Policy.load(settings.folder)
-    refuse_unless_allowed(decide(policy, settings, study, request.signature, ((),)))  # before the data are read
+    refuse_unless_allowed(decide(policy, settings, study, request.signature, Spent()))  # before the data are read
     member = load_member(settings, policy) if study.federation.aggregation == "secure" else None
     known = _checked_data(settings, study)
     if known["accepted_patients"] < policy.minimum_patients:
@@ -70,8 +73,10 @@ def enrol(settings: SiteSettings, study: StudyConfig, request: EnrolRequest) -> 
         history, earlier = book.of_study(study.digest), book.of_other_studies(study.digest)
         if (folder / STATE_FILE).exists() and not history:
             raise LedgerError(f"{folder} has a trained state that the ledger does not know.", "Restore the ledger.")
-        spent = book.histories(data_set(settings, prepared).patients)
-        refuse_unless_allowed(decide(policy, settings, study, request.signature, spent, spent_here=history))
+        training, held_out = (book.histories(each.patients) for each in data_sets(settings, prepared))
+        refuse_unless_allowed(
+            decide(policy, settings, study, request.signature, Spent(training, held_out, here=history))
+        )
     note_enrolled(settings, study, Enrolled(prepared, request.run, request.signature.hex(), data_settings(settings)))
     if member is not None:
         RoundFile(folder, member, study.digest).end(last_attempt(folder))  # what an earlier run may have left
@@ -97,10 +102,11 @@ def open_study(settings: SiteSettings, study: StudyConfig) -> SiteStudy:
     """
     num_patients, _ = study.contracted_split(settings.name)
     enrolled = read_enrolled(settings, study)
+    canaries = canaries_of(settings, study).trained
     accountant = open_accountant(settings, study, enrolled)
     folder = settings.study_folder(study.digest)
     prepared = slices.reopen(settings.folder / PREPARED / enrolled.prepared, name=TRAINING)
-    return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device, accountant)
+    return SiteStudy(study, settings.name, folder, prepared, num_patients, settings.device, accountant, canaries)
 
 
 def prepare_data(settings: SiteSettings, study: StudyConfig) -> int:
@@ -180,10 +186,11 @@ def _check_and_prepare(settings: SiteSettings, study: StudyConfig, key: bytes, f
 
 def _first_contract(folder: Path, contracted: int) -> int:
     """The contracted size at the site's first split: it fixes the share, so that no later study moves a patient."""
-    path = folder / FIRST_CONTRACT_FILE
-    if not path.exists():
-        write_atomically(path, json.dumps({"contracted_patients": contracted}).encode(), mode=0o600)
-    return int(_read_json(path)["contracted_patients"])
+    known = first_contract(folder)
+    if known is None:
+        content = json.dumps({"contracted_patients": contracted}).encode()
+        write_atomically(folder / FIRST_CONTRACT_FILE, content, mode=0o600)
+    return known or contracted
 
 
 def _read_json(path: Path) -> DataCheck:

@@ -1,7 +1,7 @@
 """What a site has spent on which patients, over all studies: one SQLite file, written before the gradients it pays for.
 
 Lines are only ever added. Each holds the hash of the line before it, so that a changed, removed or inserted one is
-found; ``ledger-head.json`` beside the file holds the newest line, so that an older copy of the file is found as well.
+found; ``ledger-head.json`` beside the file holds the lines charged last, so that an older copy is found as well.
 
 **Guarantee.** ``charge`` returns only after its line is on disk, and a crash at any moment can over-count, never
 under-count. A ledger that is missing, damaged, altered, older than its head, locked or unwritable raises LedgerError:
@@ -16,26 +16,41 @@ false pair: the signed export that the data protection officer keeps is the proo
 | a crash after the line, before the training | the line: nobody knows that nothing was released |
 | images that count as patients of their own (``record_is_patient``) | known by their paths: moved, they are others |
 | two processes at once | the lines of both, one after the other |
+| several lines of one charge | all of them or none, wherever a crash comes |
 """
 
 import json
 import os
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from client import ledger_file
 from client.ledger_file import RESTORE
-from client.ledger_lines import FIRST_HASH, Book, DataSet, Line, Release, canonical, digest_of, hash_of, is_whole
+from client.ledger_lines import (
+    FIRST_HASH,
+    Book,
+    DataSet,
+    Line,
+    Release,
+    canonical,
+    content_of,
+    digest_of,
+    hash_of,
+    is_whole,
+)
 from common.errors import LedgerError, OverBudget
 from common.files import locked, writable_by_everyone, write_atomically
 from common.privacy import accounting
-from common.privacy.accounting import Budget
+from common.privacy.accounting import Budget, Mechanism, PureRelease
 
+Written = tuple[Line, frozenset[str] | None]
+"""A line with the patients of its data set, None when an older line has them."""
 FILE_NAME, HEAD_FILE, LOCK_FILE = "ledger.db", "ledger-head.json", "ledger.lock"
 LOCK_SECONDS = 60.0  # a charge takes one at most: whoever holds the lock for longer has stopped
 CLOCK_TOLERANCE = timedelta(minutes=10)
@@ -60,7 +75,7 @@ def create(folder: Path) -> None:
             raise LedgerError(f"This site has trained before, and {path} is missing.", RESTORE)
         try:
             ledger_file.make(path)
-            write_atomically(head, _head_content(None, None), mode=0o600)
+            write_atomically(head, _head_content(()), mode=0o600)
         except BaseException:
             for half in (path, head):
                 half.unlink(missing_ok=True)
@@ -102,22 +117,51 @@ class Ledger:
             OverBudget: more would be spent on some patient than the budget. Nothing is charged.
             LedgerError: the ledger cannot be used or written; says why. At most this release is charged.
         """
-        if data_set.digest != digest_of(self._key, data_set.patients):
-            raise LedgerError("The data set was not made with this ledger's key.", "Use the site's own key for both.")
+        return self.charge_together([(data_set, release)], budget)[0]
+
+    def charge_together(
+        self,
+        charges: Sequence[tuple[DataSet, Release]],
+        budget: Budget,
+        refuse: Callable[[Book], None] = lambda book: None,
+    ) -> tuple[Line, ...]:
+        """Write down several releases before they are made: all of them, or none.
+
+        Args:
+            charges: one release or more, each on its own data set.
+            budget: of every patient.
+            refuse: raises, by what the ledger holds before, when the releases must not be made.
+
+        Returns:
+            A line for each, which are on disk.
+
+        Raises:
+            OverBudget: more would be spent on some patient than the budget. Nothing is charged.
+            LedgerError: the ledger cannot be used or written; says why. At most these releases are charged, and when
+                one is, all are.
+        """
         with self._opened() as (db, book):
-            self._check_budget(book, data_set, release, budget)
-            line = self._next_line(book.lines, data_set, release)
-            patients = None if data_set.digest in book.members else data_set.patients
-            _insert(db, line, patients)
-            # The head comes first: after a crash here the line is put back from it, and counts.
-            write_atomically(self._head, _head_content(line, patients), mode=0o600)
+            written = self._allowed(book, charges, budget, refuse)
+            for line, patients in written:
+                _insert(db, line, patients)
+            # The head comes first: after a crash here the lines are put back from it, and count.
+            write_atomically(self._head, _head_content(written), mode=0o600)
             ledger_file.commit(db)
-        return line
+        return tuple(line for line, _ in written)
 
     def check(self, data_set: DataSet, release: Release, budget: Budget) -> None:
         """Raise what ``charge`` would raise for this release, without charging."""
+        self.check_together([(data_set, release)], budget)
+
+    def check_together(
+        self,
+        charges: Sequence[tuple[DataSet, Release]],
+        budget: Budget,
+        refuse: Callable[[Book], None] = lambda book: None,
+    ) -> None:
+        """Raise what ``charge_together`` would raise for these releases, without charging."""
         with self._opened() as (_, book):
-            self._check_budget(book, data_set, release, budget)
+            self._allowed(book, charges, budget, refuse)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[sqlite3.Connection, Book]]:
@@ -126,8 +170,9 @@ class Ledger:
             self._refuse_missing()
             with locked(self._lock, LOCK_SECONDS), ledger_file.opened(self._path) as db:
                 book = self._verified(db)
-                if book.unwritten:  # committed by itself, so that the file is never two lines behind the head
-                    _insert(db, book.lines[-1], book.members[book.lines[-1].data_set])
+                if book.unwritten:  # committed by itself, so that the file is never two charges behind the head
+                    for line in book.lines[-book.unwritten :]:
+                        _insert(db, line, book.members[line.data_set])
                     ledger_file.commit(db)
                     ledger_file.begin(db)
                 yield db, book
@@ -152,11 +197,11 @@ class Ledger:
         for data_set, patient in db.execute("SELECT data_set, patient FROM member"):
             members[data_set].add(patient)
         self._check_chain(lines)
-        newest, patients = self._read_head()
-        unwritten = self._is_ahead(newest, lines)
-        if newest is not None and unwritten:
-            lines.append(newest)
-            members[newest.data_set].update(patients)
+        newest = self._read_head()
+        unwritten = self._num_ahead([line for line, _ in newest], lines)
+        for line, patients in newest[len(newest) - unwritten :]:
+            lines.append(line)
+            members[line.data_set].update(patients or ())
         self._check_members(lines, members)
         return Book(tuple(lines), {line.data_set: frozenset(members[line.data_set]) for line in lines}, unwritten)
 
@@ -171,12 +216,10 @@ class Ledger:
                 raise self._altered(f"line {number} does not follow the line before it")
             previous = line.hash
 
-    def _is_ahead(self, newest: Line | None, lines: Sequence[Line]) -> bool:
-        """Whether the head holds the one line that the file lacks; raises unless it is that or the newest line."""
-        number, found = (newest.number if newest else 0), len(lines)
-        hash_ = newest.hash if newest else FIRST_HASH
-        last = lines[-1].hash if lines else FIRST_HASH
-        if number > found + 1:
+    def _num_ahead(self, newest: Sequence[Line], lines: Sequence[Line]) -> int:
+        """How many lines of the head the file lacks; raises unless it has all the others, and only they are missing."""
+        number, found = (newest[-1].number if newest else 0), len(lines)
+        if number > found + max(1, len(newest)):
             raise LedgerError(
                 f"{self._path} is an older copy: it ends at line {found}, and {HEAD_FILE} at line {number}.", RESTORE
             )
@@ -185,11 +228,16 @@ class Ledger:
                 f"it ends at line {found}, and {HEAD_FILE} at line {number}, so lines were added, or {HEAD_FILE} is an "
                 "older copy"
             )
-        if number == found and hash_ != last:
-            raise self._altered(f"line {number} is another one than in {HEAD_FILE}")
-        if newest is not None and number > found and newest.previous != last:
-            raise self._altered(f"line {number}, in {HEAD_FILE}, does not follow line {found}")
-        return number > found
+        known = list(lines)
+        for line in newest:
+            if line.number <= found and line != known[line.number - 1]:
+                raise self._altered(f"line {line.number} is another one than in {HEAD_FILE}")
+            if line.number > found:
+                previous = known[-1].hash if known else FIRST_HASH
+                if line.number != len(known) + 1 or line.previous != previous:
+                    raise self._altered(f"line {line.number}, in {HEAD_FILE}, does not follow line {len(known)}")
+                known.append(line)
+        return len(known) - found
 
     def _check_members(self, lines: Sequence[Line], members: Mapping[str, set[str]]) -> None:
         first: dict[str, int] = {}
@@ -201,18 +249,37 @@ class Ledger:
             if data_set != digest_of(self._key, members.get(data_set, ())):
                 raise self._altered(f"the patients of line {number} are others, or the site's key is another one")
 
-    def _read_head(self) -> tuple[Line | None, frozenset[str]]:
-        """The newest line and, when its data set was new, the patients."""
+    def _read_head(self) -> tuple[Written, ...]:
+        """The lines that were charged last, oldest first; none in a new ledger."""
         try:
             content = json.loads(self._head.read_bytes())
-            line = None if content["line"] is None else Line(**content["line"])
-            patients = None if content["members"] is None else frozenset(map(str, content["members"]))
-            whole = (line is None or is_whole(line)) and content == json.loads(_head_content(line, patients))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            entries = [*content.get("before", ()), {key: content[key] for key in ("line", "members")}]
+            written = tuple(map(_written, entries)) if content["line"] is not None else ()
+            whole = all(is_whole(line) for line, _ in written) and content == json.loads(_head_content(written))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
         if not whole:
             raise LedgerError(f"{self._head} is damaged or was altered.", RESTORE)
-        return line, patients or frozenset()
+        return written
+
+    def _allowed(
+        self,
+        book: Book,
+        charges: Sequence[tuple[DataSet, Release]],
+        budget: Budget,
+        refuse: Callable[[Book], None],
+    ) -> tuple[Written, ...]:
+        """The lines of these charges, each with its patients when its data set is new. Raises when one is refused."""
+        if any(data_set.digest != digest_of(self._key, data_set.patients) for data_set, _ in charges):
+            raise LedgerError("The data set was not made with this ledger's key.", "Use the site's own key for both.")
+        refuse(book)
+        written = []
+        for data_set, release in charges:
+            self._check_budget(book, data_set, release, budget)
+            line = self._next_line(book.lines, data_set, release)
+            written.append((line, None if data_set.digest in book.members else data_set.patients))
+            book = book.with_line(line, data_set.patients)
+        return tuple(written)
 
     def _check_budget(self, book: Book, data_set: DataSet, release: Release, budget: Budget) -> None:
         own = frozenset({data_set.digest})
@@ -223,13 +290,16 @@ class Ledger:
             history = accounting.append(book.history(group), release.mechanism)
             if not accounting.fits(history, budget):
                 epsilon = accounting.epsilon(history, budget.delta)
+                what = "round" if release.audited is None else "audit"
                 raise OverBudget(
-                    f"Another round of {release.study_name} would bring patients in {data_set.folder} to "
+                    f"Another {what} of {release.study_name} would bring patients in {data_set.folder} to "
                     f"epsilon {epsilon:.4g} at delta {budget.delta:g}, and the site allows {budget.epsilon:g}.",
                     "What is spent stays spent. Plan fewer steps or more noise, or train on other patients.",
                 )
 
     def _next_line(self, lines: Sequence[Line], data_set: DataSet, release: Release) -> Line:
+        mechanism = release.mechanism
+        noise = mechanism if isinstance(mechanism, Mechanism) else None
         line = Line(
             number=len(lines) + 1,
             time=self._time_after(lines),
@@ -239,12 +309,14 @@ class Ledger:
             round=release.round,
             data_set=data_set.digest,
             folder=data_set.folder,
-            sampling_probability=float(release.mechanism.sampling_probability),
-            noise_multiplier=float(release.mechanism.noise_multiplier),
-            steps=release.mechanism.steps,
+            sampling_probability=float(noise.sampling_probability) if noise else 1.0,
+            noise_multiplier=float(noise.noise_multiplier) if noise else 0.0,
+            steps=mechanism.steps,
             clip_norm=float(release.clip_norm),
             previous=lines[-1].hash if lines else FIRST_HASH,
             hash="",
+            epsilon=float(mechanism.epsilon) if isinstance(mechanism, PureRelease) else None,
+            audited=release.audited,
         )
         return replace(line, hash=hash_of(line))
 
@@ -265,13 +337,13 @@ class Ledger:
 
 _SELECT_LINES = """
     SELECT number, time, study_digest, study_name, run, round, data_set, folder, sampling_probability,
-    noise_multiplier, steps, clip_norm, previous, hash FROM line ORDER BY number
+    noise_multiplier, steps, clip_norm, previous, hash, epsilon, audited FROM line ORDER BY number
 """
 _INSERT_LINE = """
     INSERT INTO line (number, time, study_digest, study_name, run, round, data_set, folder, sampling_probability,
-    noise_multiplier, steps, clip_norm, previous, hash)
+    noise_multiplier, steps, clip_norm, previous, hash, epsilon, audited)
     VALUES (:number, :time, :study_digest, :study_name, :run, :round, :data_set, :folder, :sampling_probability,
-    :noise_multiplier, :steps, :clip_norm, :previous, :hash)
+    :noise_multiplier, :steps, :clip_norm, :previous, :hash, :epsilon, :audited)
 """
 
 
@@ -281,9 +353,20 @@ def _insert(db: sqlite3.Connection, line: Line, new_patients: frozenset[str] | N
     db.execute(_INSERT_LINE, asdict(line))
 
 
-def _head_content(newest: Line | None, new_patients: frozenset[str] | None) -> bytes:
-    members = None if new_patients is None else sorted(new_patients)
-    return canonical({"line": asdict(newest) if newest else None, "members": members})
+def _head_content(written: Sequence[Written]) -> bytes:
+    """The newest line and its patients; beside them those that were charged with it, when there are any."""
+    entries = [
+        {"line": content_of(line), "members": None if patients is None else sorted(patients)}
+        for line, patients in written
+    ]
+    if not entries:
+        return canonical({"line": None, "members": None})
+    return canonical(entries[-1] | ({"before": entries[:-1]} if entries[:-1] else {}))
+
+
+def _written(entry: Mapping[str, Any]) -> Written:
+    members = entry["members"]
+    return Line(**entry["line"]), None if members is None else frozenset(map(str, members))
 
 
 def _now() -> datetime:

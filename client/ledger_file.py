@@ -31,6 +31,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TRIGGER member_unchanged BEFORE UPDATE ON member BEGIN SELECT RAISE(ABORT, 'append only'); END",
         "CREATE TRIGGER member_kept BEFORE DELETE ON member BEGIN SELECT RAISE(ABORT, 'append only'); END",
     ),
+    ("ALTER TABLE line ADD COLUMN epsilon REAL", "ALTER TABLE line ADD COLUMN audited TEXT"),
 )
 """What leads from each version of the schema to the next; ``PRAGMA user_version`` counts those that are applied."""
 

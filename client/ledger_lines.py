@@ -8,20 +8,24 @@ import hmac
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from common.privacy import accounting
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import Entry, History, Mechanism, PureRelease
 
 FIRST_HASH = "0" * 64
+AUDIT_SENSITIVITY = 1.0  # a patient is in one of the audit's cells
+Audited = Literal["training", "held_out"]
+"""Whom an audit's answer is about: the patients that a study trains on, or those that it holds out."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """The patients that a study trains on, known by keyed digests only.
+    """Patients on whom something is spent together, known by keyed digests only.
 
     Args:
         digest: of all of them, hex; says nothing about the folder.
@@ -43,21 +47,31 @@ class Release:
         study_name: its name, for people.
         run: the run of the study.
         round: the round of the run.
-        mechanism: the steps about to be made.
+        mechanism: the steps about to be made, or an audit's answer.
         clip_norm: the sensitivity of one step.
+        audited: whom an audit's answer is about; None in training.
     """
 
     study_digest: str
     study_name: str
     run: str
     round: int
-    mechanism: Mechanism
+    mechanism: Entry
     clip_norm: float
+    audited: Audited | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mechanism, PureRelease) != (self.audited is not None):
+            raise ValueError("an audit's answer is a pure release, and training none")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One release on one data set. Numbers begin at 1, ``time`` is UTC in ISO 8601, ``hash`` covers all the others."""
+    """One release on one data set. Numbers begin at 1, ``time`` is UTC in ISO 8601, ``hash`` covers all the others.
+
+    A line of an audit has ``epsilon`` and ``audited``, and no noise multiplier: 0. Lines of training, also of programs
+    that knew no audits, have neither, and their hash does not cover them.
+    """
 
     number: int
     time: str
@@ -73,10 +87,14 @@ class Line:
     clip_norm: float
     previous: str
     hash: str
+    epsilon: float | None = None
+    audited: Audited | None = None
 
     @property
-    def mechanism(self) -> Mechanism:
+    def mechanism(self) -> Entry:
         """What was released."""
+        if self.epsilon is not None:
+            return PureRelease(self.epsilon, self.steps)
         return Mechanism(self.sampling_probability, self.noise_multiplier, self.steps)
 
 
@@ -87,12 +105,16 @@ class Book:
     Args:
         lines: oldest first.
         members: the patients of each data set.
-        unwritten: the newest line is in the head, not yet in the file.
+        unwritten: how many of the newest lines are in the head, not yet in the file.
     """
 
     lines: tuple[Line, ...]
     members: Mapping[str, frozenset[str]]
-    unwritten: bool
+    unwritten: int
+
+    def with_line(self, line: Line, patients: frozenset[str]) -> "Book":
+        """The ledger after one more line on these patients."""
+        return Book((*self.lines, line), {**self.members, line.data_set: patients}, self.unwritten)
 
     def data_sets(self) -> tuple[DataSet, ...]:
         """Every data set that anything was spent on, oldest first, with the folder where it was last."""
@@ -100,12 +122,29 @@ class Book:
         return tuple(DataSet(digest, folder, self.members[digest]) for digest, folder in folders.items())
 
     def of_study(self, study_digest: str) -> History:
-        """What was spent in one study."""
-        return history_of(line for line in self.lines if line.study_digest == study_digest)
+        """What was spent in one study on patients that it trains on, its audits included."""
+        return history_of(line for line in self._on_trained() if line.study_digest == study_digest)
 
     def of_other_studies(self, study_digest: str) -> History:
-        """What was spent in all others, on whichever patients: which of them two data sets share is not told."""
-        return history_of(line for line in self.lines if line.study_digest != study_digest)
+        """What was spent in all others on patients that they train on, whichever: which of them two data sets share is
+        not told."""
+        return history_of(line for line in self._on_trained() if line.study_digest != study_digest)
+
+    def _on_trained(self) -> Iterator[Line]:
+        """Lines of training, and those that its patients paid for audits: for each, another patient paid another."""
+        return (line for line in self.lines if line.audited != "held_out")
+
+    def num_verdicts(self, study_digest: str) -> int:
+        """How many verdicts one study has asked for here, on whichever patients."""
+        asked = [line.audited for line in self.lines if line.study_digest == study_digest]
+        return max(asked.count(group) for group in get_args(Audited))
+
+    def most_verdicts(self, patients: frozenset[str]) -> int:
+        """How many verdicts, of all studies, have read one of these patients: the one that most have read."""
+        return max((len(self._audits(group)) for group in self.groups(patients)), default=0)
+
+    def _audits(self, data_sets: frozenset[str]) -> list[Line]:
+        return [line for line in self.lines if line.audited is not None and line.data_set in data_sets]
 
     def histories(self, patients: frozenset[str]) -> tuple[History, ...]:
         """What was spent on these patients of a data set: a history for each group of them with the same lines.
@@ -176,7 +215,8 @@ def _keyed(key: bytes, kind: str, text: str) -> str:
 
 def is_whole(line: Line) -> bool:
     """Whether a line has the right types, means something, and is what its hash was computed from."""
-    if any(type(getattr(line, each.name)) is not each.type for each in fields(line)):
+    required = [each for each in fields(line) if each.name not in _OF_AUDITS]
+    if any(type(getattr(line, each.name)) is not each.type for each in required) or not _is_of_one_kind(line):
         return False
     try:
         return line.hash == hash_of(line) and datetime.fromisoformat(line.time).tzinfo == UTC and bool(line.mechanism)
@@ -184,9 +224,26 @@ def is_whole(line: Line) -> bool:
         return False
 
 
+_OF_AUDITS = ("epsilon", "audited")
+
+
+def _is_of_one_kind(line: Line) -> bool:
+    """Whether a line is one of training or one of an audit, and nothing between."""
+    if line.epsilon is None:
+        return line.audited is None
+    others = (line.sampling_probability, line.noise_multiplier, line.steps, line.clip_norm)
+    return type(line.epsilon) is float and line.audited in get_args(Audited) and others == (1, 0, 1, AUDIT_SENSITIVITY)
+
+
+def content_of(line: Line) -> dict[str, Any]:
+    """All of a line, as JSON holds it: what only audits have is left out of the others."""
+    content = asdict(line)
+    return content if line.epsilon is not None else {key: content[key] for key in content if key not in _OF_AUDITS}
+
+
 def hash_of(line: Line) -> str:
     """SHA-256 (hex) of all of a line but its hash."""
-    content = asdict(line)
+    content = content_of(line)
     del content["hash"]
     return hashlib.sha256(canonical(content)).hexdigest()
 

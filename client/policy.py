@@ -241,7 +241,7 @@ _TEXT = """\
 #   "local":   the networks are trained here, inside this site, on its own images.
 #   "joint":   the coordinator trains; at every step this site adds what its own images say, and noise.
 #   "moments": this site tells once, with noise, what its images look like on average; the coordinator trains by that.
-# The budget below covers all three together.
+# The budget below covers all three together, and the audit.
 {algorithms}
 
 # What may leave this site:
@@ -286,6 +286,8 @@ _TEXT = """\
 #            A smaller number protects better. Compared with results made without a patient, all results together can
 #            change the odds of any guess about this patient by a factor of e to the power of epsilon at most: 2.7 for
 #            epsilon 1, 55 for 4, about 3000 for 8.
+#            A study whose synthetic images are audited for memorised patients needs room for that as well, as
+#            `synthward policy check` shows: beside its training, and for patients it never trains on.
 #            When the budget is spent, this site stops. What was spent is in its ledger: `synthward ledger show FOLDER`.
 #   delta    How likely, at most, the promise of epsilon may fail. It must be 1 / (10 x number of patients) or less:
 #            0.0001 or less for 1000 patients. 0.0001 may also be written 1e-4.

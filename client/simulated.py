@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from client import ledger
-from client.identity import KEY_FILE, ROSTER_FILE, load_identity, make_identity
+from client.decision import whole_cost
+from client.identity import ROSTER_FILE
 from client.policy import FILE_NAME, DataPolicy, Policy
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.files import locked
+from common.identity import KEY_FILE, load_identity, make_identity
 from common.secagg.roster import Roster, make_roster
 
 
@@ -55,7 +57,7 @@ def policy_for(settings: SiteSettings, study: StudyConfig, roster: Roster) -> Po
         data=(
             DataPolicy(
                 folder=settings.data.absolute(),
-                epsilon=privacy.epsilon,
+                epsilon=whole_cost(study),
                 delta=privacy.delta,
                 public=not privacy.enabled,
             ),

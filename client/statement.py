@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from client.ledger import Ledger
-from client.ledger_lines import Book, Line, history_of
+from client.ledger_lines import Book, Line, content_of, history_of
 from client.policy import Policy
 from common.errors import ConfigError, LedgerError, PolicyError
 from common.privacy import accounting
@@ -33,15 +33,19 @@ class StudySpent:
     Args:
         name: of the study.
         digest: of the study.
-        rounds: how many lines it has.
+        rounds: how many lines of training it has.
         steps: of all of them.
-        epsilon: of these alone, at the delta of the data set's budget.
+        audits: how many verdicts of its audit have read these patients.
+        audited: "training" where it trains on them, "held_out" where it holds them out; None without an audit.
+        epsilon: of all these lines alone, at the delta of the data set's budget.
     """
 
     name: str
     digest: str
     rounds: int
     steps: int
+    audits: int
+    audited: str | None
     epsilon: float
 
 
@@ -87,6 +91,8 @@ class DataSetSpent:
                     "digest": study.digest,
                     "rounds": study.rounds,
                     "steps": study.steps,
+                    "audits": study.audits,
+                    "audited": study.audited,
                     "spent": {"epsilon": study.epsilon, "delta": self.delta},
                 }
                 for study in self.studies
@@ -125,8 +131,18 @@ def _by_study(lines: Sequence[Line], delta: float) -> tuple[StudySpent, ...]:
     for digest in dict.fromkeys(line.study_digest for line in lines):
         own = [line for line in lines if line.study_digest == digest]
         history = history_of(own)
-        epsilon = accounting.epsilon(history, delta)
-        studies.append(StudySpent(own[-1].study_name, digest, len(own), accounting.num_steps(history), epsilon))
+        audits = [line for line in own if line.audited is not None]
+        studies.append(
+            StudySpent(
+                name=own[-1].study_name,
+                digest=digest,
+                rounds=len(own) - len(audits),
+                steps=accounting.num_steps(accounting.of_training(history)),
+                audits=len(audits),
+                audited=audits[-1].audited if audits else None,
+                epsilon=accounting.epsilon(history, delta),
+            )
+        )
     return tuple(studies)
 
 
@@ -141,7 +157,7 @@ def sign_statement(site: str, identity: Ed25519PrivateKey, ledger: Ledger, polic
         "site": site,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "public_key": identity.public_key().public_bytes_raw().hex(),
-        "lines": [asdict(line) for line in book.lines],
+        "lines": [content_of(line) for line in book.lines],
         "data_sets": [spent.to_json() for spent in spent_on(book, policy)],
     }
     return {**content, "signature": identity.sign(_signed(content)).hex()}

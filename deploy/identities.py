@@ -4,10 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from client.identity import KEY_FILE, load_member, make_identity, pin_roster, read_public
+from client.identity import load_member, pin_roster
 from client.policy import Policy
 from client.settings import FILE_NAME, SiteSettings
 from common.errors import ConfigError
+from common.identity import KEY_FILE, make_identity, read_public
 from common.secagg.roster import load_roster, make_roster
 
 

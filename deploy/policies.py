@@ -8,17 +8,17 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import ledger
-from client.accountant import open_ledger
 from client.decision import Rule, decide
-from client.identity import ROSTER_FILE, load_private_key
+from client.identity import ROSTER_FILE
 from client.policy import FILE_NAME, Policy
 from client.settings import SiteSettings
 from common import study_signature
 from common.config import StudyConfig
 from common.errors import ConfigError, PolicyError, SiteError
 from common.files import write_atomically
+from common.identity import load_private_key
 from common.secagg.roster import load_roster
-from deploy.ledgers import spent_histories
+from deploy.ledgers import spent_by
 
 # What a new policy says of the rules that nobody was asked about. Its owner reads and changes the file.
 FIRST_MINIMUM_PATIENTS, FIRST_SAMPLING_PROBABILITY = 20, 0.5
@@ -78,8 +78,7 @@ def check(folder: Path, study_path: Path, signature_path: Path | None, as_json: 
     """
     settings, policy, study = SiteSettings.load(folder), Policy.load(folder), StudyConfig.from_toml(study_path)
     signature = _read_signature(study_path, signature_path)
-    histories, spent_here = spent_histories(settings), open_ledger(folder).read().of_study(study.digest)
-    rules = decide(policy, settings, study, signature, histories, spent_here=spent_here)
+    rules = decide(policy, settings, study, signature, spent_by(settings, study))
     refused = [rule.name for rule in rules if not rule.allowed]
     verdict = f"refused, because of: {', '.join(refused)}" if refused else "allowed"
     if as_json:

@@ -1,8 +1,9 @@
 """What the record charges the sites: what a site says when it enrols, then a planned round each time it is asked.
 
 **Guarantee.** Whenever the process ends, ``run.json`` charges no honest site less than the site charged itself in this
-run: a round is in the record before any site is asked to train it. Answers carry no account of their own; when a run
-is resumed, each site's own history takes the place of what the record assumed.
+run: a round is in the record before any site is asked to train it, and a verdict before any is asked for its counts.
+Answers carry no account of their own; when a run is resumed or audited, each site's own history takes the place of what
+the record assumed.
 
 | the site | charged |
 |---|---|
@@ -10,6 +11,7 @@ is resumed, each site's own history takes the place of what the record assumed.
 | refused with a code that a site gives only before it charges | what was charged before |
 | refused with ``budget_exhausted`` | the phase's whole plan: an interrupted round is paid for and lost |
 | refused with ``ledger`` | one planned round: the line may have been written |
+| was asked for the audit's counts | one verdict more, at most as many as planned, whatever became of its answer |
 """
 
 from collections.abc import Iterable
@@ -29,10 +31,10 @@ from common.errors import (
 )
 from common.messages import Enrolment
 from common.privacy import accounting
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import Entry, History, PureRelease
 from common.privacy.plan import PrivacyPlan, same_kind
 from server import record
-from server.record import BudgetRecord, RunRecord, SiteRecord
+from server.record import AuditsRecord, BudgetRecord, RunRecord, SiteRecord
 from server.round import RoundOutcome
 
 BEFORE_CHARGE = frozenset(
@@ -48,17 +50,33 @@ def is_possible(study: StudyConfig, plan: PrivacyPlan | None, site: SiteRecord, 
     answered: History = ()
     for number in site.rounds:
         answered = _with_planned(study, plan, answered, number)
-    return plan.covers(history) and all(
-        _steps_of(mechanism, history) >= _steps_of(mechanism, answered) for mechanism in answered
+    training = accounting.of_training(history)
+    return (
+        plan.covers(training)
+        and all(_steps_of(mechanism, training) >= _steps_of(mechanism, answered) for mechanism in answered)
+        and _are_possible(study, site, accounting.of_audits(history))
     )
 
 
-def enrol(site: SiteRecord, reply: Enrolment) -> None:
+def _are_possible(study: StudyConfig, site: SiteRecord, audits: tuple[PureRelease, ...]) -> bool:
+    verdict = PureRelease(study.audit.epsilon_training)
+    answered = site.audits.answered if site.audits else 0
+    return (
+        all(same_kind(each, verdict) for each in audits)
+        and answered <= accounting.num_steps(audits) <= study.audit.verdicts
+    )
+
+
+def enrol(study: StudyConfig, site: SiteRecord, reply: Enrolment) -> None:
     """Take over what a site says that it has charged, in this study and before, and its budget."""
-    site.earlier = record.mechanisms(reply.earlier)
+    before = record.charged(site)
+    site.earlier = record.entries(reply.earlier)
     if reply.budget is not None:
         site.budget = BudgetRecord(epsilon=reply.budget.epsilon, delta=reply.budget.delta)
-    _set(site, reply.history)
+    site.mechanisms = record.mechanisms(reply.history)
+    _set_verdicts(study, site, accounting.num_steps(accounting.of_audits(reply.history)))
+    stays = site.accountant == "prv" and record.charged(site) == before  # a run that is over keeps its figures
+    record.set_epsilon(site, "prv" if stays else "rdp")
 
 
 def charge_ahead(
@@ -92,6 +110,25 @@ def settle(
             _set(site, before[name])
 
 
+def charge_audit(study: StudyConfig, run: RunRecord, sites: Iterable[str]) -> None:
+    """Charge a verdict to every site that is about to be asked for the audit's counts; nothing without privacy.
+
+    The caller saves the record before it asks.
+    """
+    for name in sites if study.privacy.enabled else ():
+        site = run.site(name)
+        _set_verdicts(study, site, min(study.audit.verdicts, (site.audits.verdicts if site.audits else 0) + 1))
+        record.set_epsilon(site, "prv")
+
+
+def note_audited(run: RunRecord, sites: Iterable[str]) -> None:
+    """These sites have answered the audit: what they say later that they were charged holds it."""
+    for name in sites:
+        audits = run.site(name).audits
+        if audits is not None:
+            audits.answered = min(audits.answered + 1, audits.verdicts)
+
+
 def is_spent(study: StudyConfig, outcome: RoundOutcome, num_sites: int) -> bool:
     """Whether a round failed for nothing but spent budgets, as after an interruption: then training is over."""
     spent = sum(code in (BudgetExhausted.code, OverBudget.code) for code in outcome.refusals.values())
@@ -99,7 +136,7 @@ def is_spent(study: StudyConfig, outcome: RoundOutcome, num_sites: int) -> bool:
     return outcome.state is None and others + spent >= study.federation.minimum_sites > others
 
 
-def _steps_of(mechanism: Mechanism, history: History) -> int:
+def _steps_of(mechanism: Entry, history: History) -> int:
     """Steps of the mechanism's kind, wherever in the history they are."""
     return accounting.num_steps(other for other in history if same_kind(other, mechanism))
 
@@ -116,6 +153,17 @@ def _with_planned(
         steps = min(steps, study.phases[phase_number].steps)
     mechanism = plan.phases[phase_number].mechanism
     return accounting.append(spent, replace(mechanism, steps=steps)) if steps > 0 else spent
+
+
+def _set_verdicts(study: StudyConfig, site: SiteRecord, verdicts: int) -> None:
+    if verdicts or site.audits is not None:
+        audit, answered = study.audit, site.audits.answered if site.audits else 0
+        site.audits = AuditsRecord(
+            verdicts=verdicts,
+            answered=answered,
+            epsilon_training=audit.epsilon_training,
+            epsilon_held_out=audit.epsilon_held_out,
+        )
 
 
 def _set(site: SiteRecord, history: History) -> None:

@@ -14,7 +14,7 @@ from common.config import StudyConfig
 from common.errors import ConfigError
 from common.files import write_atomically
 from common.privacy import accounting
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import History, Mechanism, PureRelease
 from common.privacy.plan import PrivacyPlan
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -35,6 +35,13 @@ class MechanismRecord(Record):
     steps: int
 
 
+class PureRecord(Record):
+    """Equal pure releases (verdicts of an audit), how many."""
+
+    epsilon: float
+    steps: int
+
+
 class PhaseRecord(Record):
     """A phase as it was planned: ``steps`` in each of its rounds; the noise is None without privacy."""
 
@@ -50,8 +57,8 @@ class PhaseRecord(Record):
 class BudgetRecord(Record):
     """The most that a site's policy allows for any of its patients, and what is spent of it, all studies together.
 
-    The spent figures are epsilons at the budget's ``delta``: of what other studies had charged when the site enrolled,
-    of this study, and of both together.
+    The spent figures are epsilons at the budget's ``delta`` of patients that are trained on: of what other studies had
+    charged when the site enrolled, of this study with its audit, and of both together.
     """
 
     epsilon: float
@@ -61,11 +68,29 @@ class BudgetRecord(Record):
     spent_after: float = 0.0
 
 
+class AuditsRecord(Record):
+    """What the audit's verdicts cost the patients of a site. Each patient pays one of the two, and never both.
+
+    ``verdicts`` is how many the site is charged for, ``answered`` how many of them it has answered. A verdict costs a
+    patient that is trained on ``epsilon_training`` and one that is held out ``epsilon_held_out``, without a delta.
+    ``spent_training`` is what the former have spent with the training together, ``spent_held_out`` what the latter
+    have, both at the site's ``delta``.
+    """
+
+    verdicts: int
+    answered: int = 0
+    epsilon_training: float
+    epsilon_held_out: float
+    spent_training: float = 0.0
+    spent_held_out: float = 0.0
+
+
 class SiteRecord(Record):
     """One site's part. Patients are contracted sizes, public; nothing here depends on an image.
 
-    ``epsilon`` is of this study alone, None when it is not private, and None in JSON must be read as unbounded.
-    ``mechanisms`` is what the site is charged in this study, ``earlier`` what other studies charged it.
+    ``epsilon`` is of this study's training alone, None when it is not private, and None in JSON must be read as
+    unbounded. ``mechanisms`` is what the site is charged for training in this study, ``audits`` what for its audit
+    (None before one), ``earlier`` what other studies charged patients that they trained on.
     """
 
     name: str
@@ -73,7 +98,8 @@ class SiteRecord(Record):
     delta: float | None
     accountant: Literal["prv", "rdp", "none"]
     mechanisms: list[MechanismRecord] = Field(default_factory=list)
-    earlier: list[MechanismRecord] = Field(default_factory=list)
+    earlier: list[MechanismRecord | PureRecord] = Field(default_factory=list)
+    audits: AuditsRecord | None = None
     budget: BudgetRecord | None = None
     rounds: list[int] = Field(default_factory=list)
     refusals: dict[str, int] = Field(default_factory=dict)
@@ -95,6 +121,7 @@ class WarmStartRecord(Record):
 class RunRecord(Record):
     """``run.json``. Times are UTC; ``finished`` is None while the run goes on. The sites' ledgers name ``run``: random.
 
+    ``generator_digest`` is of the final generator (``common/audit/candidates.py``), "" before the run is completed.
     ``phases_chosen`` says why these phases, where the study left the choice to Synthward.
     ``refused_sites`` has the code of each site that takes no part, by name; ``refused_nodes`` those of sites that
     refused before they gave a name.
@@ -114,6 +141,7 @@ class RunRecord(Record):
     device: str
     aggregation: str
     rounds_completed: int = 0
+    generator_digest: str = ""
     phases: list[PhaseRecord] = Field(default_factory=list)
     phases_chosen: str = ""
     warm_start: WarmStartRecord | None = None
@@ -165,20 +193,38 @@ def phases(study: StudyConfig, plan: PrivacyPlan | None) -> list[PhaseRecord]:
 
 
 def mechanisms(history: History) -> list[MechanismRecord]:
-    """A history as it stands in ``run.json``."""
+    """What a history has cost in training, as it stands in ``run.json``."""
     return [
         MechanismRecord(sampling_probability=m.sampling_probability, noise_multiplier=m.noise_multiplier, steps=m.steps)
-        for m in history
+        for m in accounting.of_training(history)
     ]
 
 
+def entries(history: History) -> list[MechanismRecord | PureRecord]:
+    """All of a history as it stands in ``run.json``, training before audits."""
+    audits = accounting.of_audits(history)
+    return [*mechanisms(history), *(PureRecord(epsilon=each.epsilon, steps=each.steps) for each in audits)]
+
+
 def history(site: SiteRecord) -> History:
-    """What a site is charged in this study, to compute with."""
+    """What a site is charged for training in this study, to compute with."""
     return _history(site.mechanisms)
 
 
-def _history(mechanisms: Iterable[MechanismRecord]) -> History:
-    return tuple(Mechanism(m.sampling_probability, m.noise_multiplier, m.steps) for m in mechanisms)
+def charged(site: SiteRecord) -> History:
+    """What patients that are trained on are charged in this study: training and audit."""
+    audits = site.audits
+    verdicts = (PureRelease(audits.epsilon_training, audits.verdicts),) if audits and audits.verdicts else ()
+    return (*history(site), *verdicts)
+
+
+def _history(records: Iterable[MechanismRecord | PureRecord]) -> History:
+    return tuple(
+        PureRelease(each.epsilon, each.steps)
+        if isinstance(each, PureRecord)
+        else Mechanism(each.sampling_probability, each.noise_multiplier, each.steps)
+        for each in records
+    )
 
 
 def set_epsilon(site: SiteRecord, accountant: Literal["prv", "rdp"]) -> None:
@@ -186,11 +232,15 @@ def set_epsilon(site: SiteRecord, accountant: Literal["prv", "rdp"]) -> None:
     compute = accounting.epsilon if accountant == "prv" else accounting.rdp_epsilon
     if site.delta is not None:
         site.epsilon, site.accountant = compute(history(site), site.delta), accountant
+        if site.audits is not None and site.audits.verdicts:
+            held_out = (PureRelease(site.audits.epsilon_held_out, site.audits.verdicts),)
+            site.audits.spent_training = compute(charged(site), site.delta)
+            site.audits.spent_held_out = compute(held_out, site.delta)
     if site.budget is not None:
         earlier, delta = _history(site.earlier), site.budget.delta
         site.budget.spent_before = compute(earlier, delta)
-        site.budget.spent_here = compute(history(site), delta)
-        site.budget.spent_after = compute((*earlier, *history(site)), delta)
+        site.budget.spent_here = compute(charged(site), delta)
+        site.budget.spent_after = compute((*earlier, *charged(site)), delta)
 
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:

@@ -1,13 +1,18 @@
 """What a list of mechanisms costs, as (epsilon, delta). Epsilon is computed from the data, never gathered on the way.
 
+There are two kinds: steps of training (``Mechanism``) and an audit's answers (``PureRelease``).
+
 Two accountants: RDP (Opacus), 5 to 10 % loose and many times too high where sampling is sparse, for a run's progress;
 PRV (``common.privacy.privacy_loss``), tight, for plans, for what a budget allows and for every figure that is reported.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from common.privacy import privacy_loss
 from common.quiet import quiet
@@ -42,6 +47,23 @@ class Mechanism:
 
 
 @dataclass(frozen=True)
+class PureRelease:
+    """``steps`` answers that are each (epsilon, 0)-differentially private: counts with discrete Laplace noise.
+
+    Args:
+        epsilon: of each, > 0 and finite.
+        steps: how many, >= 1.
+    """
+
+    epsilon: float
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < math.inf and self.steps >= 1):
+            raise ValueError(f"not a pure release: {self}")
+
+
+@dataclass(frozen=True)
 class Budget:
     """The most that may be spent on any patient: at most ``epsilon`` at ``delta``, all releases together."""
 
@@ -53,20 +75,30 @@ class Budget:
             raise ValueError(f"not a budget: {self}")
 
 
-History = tuple[Mechanism, ...]
+Entry = Mechanism | PureRelease
+History = tuple[Entry, ...]
 
 
-def append(history: History, mechanism: Mechanism) -> History:
-    """History with one more mechanism; equal neighbours merge into one with the sum of their steps."""
-    if history and _kind(history[-1]) == _kind(mechanism):
-        merged = Mechanism(*_kind(mechanism), steps=history[-1].steps + mechanism.steps)
-        return (*history[:-1], merged)
-    return (*history, mechanism)
+def append(history: History, entry: Entry) -> History:
+    """History with one more entry; equal neighbours merge into one with the sum of their steps."""
+    if history and _kind(history[-1]) == _kind(entry):
+        return (*history[:-1], replace(entry, steps=history[-1].steps + entry.steps))
+    return (*history, entry)
 
 
-def num_steps(history: Iterable[Mechanism]) -> int:
-    """All steps of a history."""
-    return sum(mechanism.steps for mechanism in history)
+def num_steps(history: Iterable[Entry]) -> int:
+    """All steps of a history; a pure release is one."""
+    return sum(entry.steps for entry in history)
+
+
+def of_training(history: Iterable[Entry]) -> tuple[Mechanism, ...]:
+    """The Gaussian part of a history: what training has cost."""
+    return tuple(entry for entry in history if isinstance(entry, Mechanism))
+
+
+def of_audits(history: Iterable[Entry]) -> tuple[PureRelease, ...]:
+    """The pure part of a history: what audits have cost."""
+    return tuple(entry for entry in history if isinstance(entry, PureRelease))
 
 
 def epsilon(history: History, delta: float) -> float:
@@ -74,7 +106,8 @@ def epsilon(history: History, delta: float) -> float:
 
     **Guarantee.** An upper bound; for up to ten million steps, and up to 1e14 * delta of them, at most 1 % (and 1e-6)
     above the true epsilon, be that 0 or a million. Exceptions, with RDP's looser figure: a single step that may have a
-    privacy loss above 700, as with a noise multiplier below 0.05, and more than 4e15 * delta steps.
+    privacy loss above 700, as with a noise multiplier below 0.05, and more than 4e15 * delta steps. Pure releases never
+    cost more than the sum of their epsilons on top of the rest.
     """
     return _prv_epsilon(_merged(history), delta) if history else 0.0
 
@@ -149,29 +182,52 @@ def calibrate_together(*, epsilon_target: float, delta: float, shapes: tuple[Sha
     return multiplied(high)
 
 
-def _kind(mechanism: Mechanism) -> tuple[float, float]:
-    return mechanism.sampling_probability, mechanism.noise_multiplier
+def _kind(entry: Entry) -> Entry:
+    """What all steps of an entry have in common, as one of them."""
+    return replace(entry, steps=1)
 
 
 def _merged(history: History) -> History:
     """Order does not change a composition: one entry a kind, sorted, so that equal histories share the cache."""
-    steps: dict[tuple[float, float], int] = {}
-    for mechanism in history:
-        steps[_kind(mechanism)] = steps.get(_kind(mechanism), 0) + mechanism.steps
-    return tuple(Mechanism(*kind, steps=count) for kind, count in sorted(steps.items()))
+    steps: dict[Entry, int] = {}
+    for entry in history:
+        steps[_kind(entry)] = steps.get(_kind(entry), 0) + entry.steps
+    merged = (replace(kind, steps=count) for kind, count in steps.items())
+    return tuple(sorted(merged, key=lambda entry: (isinstance(entry, PureRelease), astuple(entry))))
 
 
 @lru_cache(maxsize=4096)
 def _prv_epsilon(history: History, delta: float) -> float:
-    found = privacy_loss.epsilon([(*_kind(mechanism), mechanism.steps) for mechanism in history], delta)
-    return found if found < math.inf else rdp_epsilon(history, delta)
+    gaussian, pure = of_training(history), of_audits(history)
+    kinds = [(m.sampling_probability, m.noise_multiplier, m.steps) for m in gaussian]
+    found = privacy_loss.epsilon(kinds, delta, [(release.epsilon, release.steps) for release in pure])
+    if found == math.inf:
+        found = rdp_epsilon(history, delta)
+    if pure:  # epsilons of pure releases may always be added up; one alone costs what it says, to the last digit
+        alone = _prv_epsilon(gaussian, delta) if gaussian else 0.0
+        found = min(found, alone + sum(release.steps * release.epsilon for release in pure))
+    return found
 
 
 @lru_cache(maxsize=4096)
 def _rdp_epsilon(history: History, delta: float) -> float:
-    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis import rdp
 
-    accountant = RDPAccountant()
-    accountant.history = [(m.noise_multiplier, m.sampling_probability, m.steps) for m in history]
     with quiet():
-        return max(0.0, float(accountant.get_epsilon(delta, alphas=ALPHAS)))
+        total = np.zeros(len(ALPHAS))
+        for m in of_training(history):
+            total += rdp.compute_rdp(
+                q=m.sampling_probability, noise_multiplier=m.noise_multiplier, steps=m.steps, orders=ALPHAS
+            )
+        for release in of_audits(history):
+            total += release.steps * _pure_rdp(release.epsilon)
+        found, _ = rdp.get_privacy_spent(orders=ALPHAS, rdp=total, delta=delta)
+    return max(0.0, float(found))
+
+
+def _pure_rdp(epsilon: float) -> npt.NDArray[np.float64]:
+    """The Renyi divergence of randomised response, at each of ``ALPHAS``: the most of any pure release (Mironov 2017,
+    propositions 5 and 6)."""
+    alphas = np.array(ALPHAS, dtype=np.float64)
+    both = np.logaddexp(alphas * epsilon, (1 - alphas) * epsilon) - np.logaddexp(epsilon, 0.0)
+    return np.asarray(both / (alphas - 1), dtype=np.float64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from common.config import PhaseConfig, StudyConfig
 from common.errors import ConfigError, PrivacyError
 from common.privacy import accounting
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import Entry, History, Mechanism, PureRelease
 
 MOMENTS_CLIP_NORM = 1.0  # vectors of features are scaled to it: any other bound would be the same mechanism
 SAME_PLAN = 1e-6  # relative: parties calibrate the noise on machines of their own
@@ -46,11 +46,11 @@ class PrivacyPlan:
     epsilon: float
 
     @property
-    def history(self) -> History:
+    def history(self) -> tuple[Mechanism, ...]:
         """The whole plan as what it will have cost."""
         return _joined(phase.mechanism for phase in self.phases)
 
-    def left(self, history: History) -> History:
+    def left(self, history: History) -> tuple[Mechanism, ...]:
         """What of the plan is not charged yet, by this study's own history at a site; in the plan's order."""
         return tuple(_left(mechanism, history) for mechanism in self.history if _steps_left(mechanism, history) > 0)
 
@@ -60,7 +60,7 @@ class PrivacyPlan:
         return sum(mechanism.steps for mechanism in self.left(history) if same_kind(mechanism, kind))
 
     def covers(self, history: History) -> bool:
-        """Whether a history is part of the plan: mechanisms of it, none more often than planned."""
+        """Whether a history of training is part of the plan: mechanisms of it, none more often than planned."""
         planned = self.history
         return all(any(same_kind(spent, mechanism) for mechanism in planned) for spent in history) and all(
             _steps_left(mechanism, history) >= 0 for mechanism in planned
@@ -94,8 +94,42 @@ def make_plan(study: StudyConfig) -> PrivacyPlan | None:
     return PrivacyPlan(phases, privacy.delta, epsilon)
 
 
-def same_kind(one: Mechanism, other: Mechanism) -> bool:
-    """Whether two mechanisms have the same sampling and noise."""
+@dataclass(frozen=True)
+class AuditCost:
+    """What the verdicts that a study plans cost its patients, beside training; each patient pays one of the two.
+
+    Args:
+        training: what a patient that is trained on pays; nothing in a study that cannot be audited.
+        held_out: what a patient that is held out pays.
+    """
+
+    training: tuple[PureRelease, ...]
+    held_out: tuple[PureRelease, ...]
+
+    def left(self, num_verdicts: int) -> "AuditCost":
+        """What is not charged yet after so many verdicts."""
+        return AuditCost(_fewer(self.training, num_verdicts), _fewer(self.held_out, num_verdicts))
+
+
+def audit_cost(study: StudyConfig) -> AuditCost:
+    """What the study's verdicts will cost; nothing without privacy, or with fewer sites than an audit's sum needs."""
+    audit, sites = study.audit, len(study.federation.contracted_patients)
+    if not study.privacy.enabled or sites < study.minimum_sites(study.audit_round):
+        return AuditCost((), ())
+    training, held_out = (
+        PureRelease(each, audit.verdicts) for each in (audit.epsilon_training, audit.epsilon_held_out)
+    )
+    return AuditCost((training,), (held_out,))
+
+
+def same_kind(one: Entry, other: Entry) -> bool:
+    """Whether two entries have the same sampling and noise, or the same epsilon where they are pure."""
+    if isinstance(one, PureRelease) or isinstance(other, PureRelease):
+        return (
+            isinstance(one, PureRelease)
+            and isinstance(other, PureRelease)
+            and math.isclose(one.epsilon, other.epsilon, rel_tol=SAME_PLAN)
+        )
     return math.isclose(one.sampling_probability, other.sampling_probability, rel_tol=SAME_PLAN) and math.isclose(
         one.noise_multiplier, other.noise_multiplier, rel_tol=SAME_PLAN
     )
@@ -119,7 +153,11 @@ def _clip_norm(study: StudyConfig, phase: PhaseConfig) -> float:
     return MOMENTS_CLIP_NORM if phase.algorithm == "moments" else study.privacy.clip_norm
 
 
-def _joined(mechanisms: Iterator[Mechanism]) -> History:
+def _fewer(planned: tuple[PureRelease, ...], steps: int) -> tuple[PureRelease, ...]:
+    return tuple(replace(each, steps=each.steps - steps) for each in planned if each.steps > steps)
+
+
+def _joined(mechanisms: Iterator[Mechanism]) -> tuple[Mechanism, ...]:
     """One mechanism a kind, in the order in which the kinds appear."""
     joined: list[Mechanism] = []
     for mechanism in mechanisms:

@@ -1,10 +1,16 @@
-"""The privacy loss of Poisson-subsampled Gaussian mechanisms, discretised upwards and composed by FFT.
+"""The privacy loss of Poisson-subsampled Gaussian mechanisms and of pure releases, discretised upwards and composed by
+FFT.
 
 Numerical composition of privacy loss random variables (PRV, Koskela et al. 2020 and Gopi et al. 2021) on a grid made as
 in "Connect the Dots" (Doroshenko et al. 2022, https://arxiv.org/abs/2207.04380).
 
 Notation: a step outputs x, in units of the noise: from Q = N(0, 1) without the patient and from P = (1 - q) Q + q N(1 /
 sigma, 1) with. The loss of x is log(P(x) / Q(x)) when the patient is removed, log(Q(x) / P(x)) when one is added.
+
+A pure release, of whatever kind, tells no more than randomised response does: its loss is epsilon with the probability
+exp(epsilon) / (1 + exp(epsilon)), else minus epsilon, for a patient added as for one removed. Every pair of outputs of
+an epsilon-differentially private mechanism can be made from that pair, and this stays true of a composition whose later
+mechanisms are chosen by the earlier outputs (Kairouz, Oh and Viswanath 2015, theorems 3.3 and 3.4).
 
 Design note. This grid needs no bound on its error: delta is the expectation of a convex function of exp(-loss), so
 moving each loss onto its two neighbours in the grid, with the mean of exp(-loss) kept, can only raise delta, composed
@@ -25,6 +31,7 @@ from scipy.special import ndtr, ndtri
 Array = npt.NDArray[np.float64]
 Transform = npt.NDArray[np.complex128]
 Kind = tuple[float, float, int]  # sampling_probability, noise_multiplier, steps
+Pure = tuple[float, int]  # epsilon, steps
 
 # What is left of delta's mass at the ends of the grid and what the last halving may change, as shares.
 TAIL = 1e-4
@@ -46,7 +53,7 @@ class Losses:
     lost: float
 
 
-def epsilon(kinds: Sequence[Kind], delta: float) -> float:
+def epsilon(kinds: Sequence[Kind], delta: float, pure: Sequence[Pure] = ()) -> float:
     """Epsilon at ``delta`` of all steps together; infinite where that is beyond what doubles can tell.
 
     So it is where one step alone has a loss above ``LARGEST_LOSS``, or where ``ROUNDING`` of all steps reaches delta.
@@ -54,25 +61,37 @@ def epsilon(kinds: Sequence[Kind], delta: float) -> float:
     **Guarantee.** An upper bound at every mesh, for a patient added as for one removed. (Removal has been the larger
     one wherever we looked, but nobody has proven that it always is.)
     """
-    num_steps = sum(steps for *_, steps in kinds)
-    deviation = math.sqrt(sum(steps * _variance(q, sigma) for q, sigma, steps in kinds))
-    ends = np.concatenate([_ends(q, sigma, TAIL * delta / num_steps) for q, sigma, _ in kinds])
+    num_steps = _num_steps(kinds, pure)
+    variances = [steps * _variance(q, sigma) for q, sigma, steps in kinds]
+    deviation = math.sqrt(sum(variances) + sum(steps * _pure_variance(loss) for loss, steps in pure))
+    ends = np.concatenate(
+        [_ends(q, sigma, TAIL * delta / num_steps) for q, sigma, _ in kinds]
+        + [np.array([-loss, loss]) for loss, _ in pure]
+    )
     if np.abs(ends).max() > LARGEST_LOSS:
         return math.inf
     smallest = max(np.ptp(ends), 30 * deviation, 1e-6) / MOST_CELLS
     # So fine from the start that epsilon cannot stand still by chance, as it does near the upper end of a wide cell.
-    mesh = max(min(deviation / math.sqrt(num_steps) / 4, 1.0), smallest)
-    before, found = math.inf, _epsilon_at(mesh, kinds, delta)
+    mesh = min(deviation / math.sqrt(num_steps) / 4, 1.0)
+    if pure:  # the largest loss of few releases is moved up by as much as a cell each
+        mesh = min(mesh, TOLERANCE / 2 * sum(loss * steps for loss, steps in pure) / sum(steps for _, steps in pure))
+    mesh = max(mesh, smallest)
+    before, found = math.inf, _epsilon_at(mesh, kinds, delta, pure)
     while before - found > TOLERANCE * found + SMALLEST_EPSILON and mesh / 2 >= smallest:
         mesh /= 2
-        before, found = found, _epsilon_at(mesh, kinds, delta)
+        before, found = found, _epsilon_at(mesh, kinds, delta, pure)
     return found
 
 
-def _epsilon_at(mesh: float, kinds: Sequence[Kind], delta: float) -> float:
-    num_steps = sum(steps for *_, steps in kinds)
-    counts = [steps for *_, steps in kinds]
-    pairs = [_discretised(q, sigma, mesh, TAIL * delta / num_steps) for q, sigma, _ in kinds]
+def _num_steps(kinds: Sequence[Kind], pure: Sequence[Pure]) -> int:
+    return sum(steps for *_, steps in kinds) + sum(steps for _, steps in pure)
+
+
+def _epsilon_at(mesh: float, kinds: Sequence[Kind], delta: float, pure: Sequence[Pure] = ()) -> float:
+    tail = TAIL * delta / _num_steps(kinds, pure)
+    counts = [*(steps for *_, steps in kinds), *(steps for _, steps in pure)]
+    pairs = [_discretised(q, sigma, mesh, tail) for q, sigma, _ in kinds]
+    pairs += [(_pure_discretised(loss, mesh),) * 2 for loss, _ in pure]
     removed, added = zip(*pairs, strict=True)
     return max(_epsilon_of(_composed(losses, counts, TAIL * delta), mesh, delta) for losses in (removed, added))
 
@@ -123,6 +142,23 @@ def _discretised(q: float, sigma: float, mesh: float, tail: float) -> tuple[Loss
     added[0] += ndtr(-edges[-1])
     lost_added = ndtr(edges[0])
     return Losses(first, removed, float(lost_removed)), Losses(-last, added, float(lost_added))
+
+
+def _pure_variance(loss: float) -> float:
+    """Of the loss of a pure release."""
+    return 4 * loss**2 * math.exp(-loss) / (1 + math.exp(-loss)) ** 2
+
+
+def _pure_discretised(loss: float, mesh: float) -> Losses:
+    """A pure release's loss, which is ``loss`` or minus that."""
+    first, last = math.floor(-loss / mesh), math.floor(loss / mesh) + 1
+    masses, scaled = np.zeros(last - first), np.zeros(last - first)
+    for value in (loss, -loss):
+        cell = math.floor(value / mesh)
+        mass = 1 / (1 + math.exp(-value))
+        masses[cell - first] += mass
+        scaled[cell - first] += mass * math.exp(cell * mesh - value)
+    return Losses(first, _onto_ends(masses, scaled, mesh), 0.0)
 
 
 def _between(edges: Array) -> Array:

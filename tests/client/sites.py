@@ -10,6 +10,7 @@ from client import ledger, ledger_lines
 from client.accountant import SiteAccountant
 from client.data import cohort as cohort_module
 from client.data.slices import PreparedCohort
+from client.decision import whole_cost
 from client.training import SiteStudy
 from common.config import StudyConfig
 from common.gan.networks import build_discriminator, build_generator, num_parameters
@@ -68,19 +69,26 @@ def site_of(folder: Path, study: StudyConfig | None = None, cohort: PreparedCoho
     return SiteStudy(study, "north", folder, cohort, 8, "cpu", accountant)
 
 
+HELD_OUT = ("held out 1", "held out 2")
+"""Patients of every site of tests whom no study trains on."""
+
+
 def account_in(
     folder: Path, study: StudyConfig, patients: Iterable[str] = ("a", "b"), budget: Budget | None = None
 ) -> SiteAccountant | None:
-    """The study's account in the ledger of this folder, which is made when there is none."""
+    """The study's account in the ledger of this folder, which is made when there is none.
+
+    Its budget is what the study and all verdicts of its audit cost.
+    """
     plan = make_plan(study)
     if plan is None:
         return None
     if not (folder / ledger.FILE_NAME).exists():
         ledger.create(folder)
-    budget = budget or Budget(study.privacy.epsilon, study.privacy.delta)
+    budget = budget or Budget(whole_cost(study), study.privacy.delta)
     book = ledger.Ledger(folder, KEY)
-    data_set = ledger_lines.data_set_of(KEY, folder / "images", patients)
-    return SiteAccountant(book, data_set, budget, study, "run", plan)
+    training, held_out = (ledger_lines.data_set_of(KEY, folder / "images", names) for names in (patients, HELD_OUT))
+    return SiteAccountant(book, training, budget, study, "run", plan, held_out)
 
 
 def charged_in(folder: Path, study: StudyConfig) -> History:

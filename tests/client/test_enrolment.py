@@ -11,19 +11,22 @@ import pytest
 
 from client import enrolment
 from client.data import cohort, slices
+from client.data.inventory import list_patients
+from client.decision import whole_cost
 from client.enrolled import PREPARED, TRAINING, open_accountant, read_enrolled
 from client.enrolment import CHECK_FILE, enrol, open_study, prepare_data
-from client.identity import load_member, make_identity, pin_roster, read_public
+from client.identity import load_member, pin_roster
 from client.ledger import Ledger
 from client.ledger_lines import Release, data_set_of
 from client.policy import Policy, set_roster_digest
 from client.secure_round import SecureSite, advertise_keys
 from client.settings import SiteSettings
-from client.simulated import allow, simulated_roster
+from client.simulated import allow, policy_for, simulated_roster
 from common.config import StudyConfig
 from common.errors import ConfigError, OutOfOrder, OverBudget, PolicyError, PrivacyError, SiteError
+from common.identity import make_identity, read_public
 from common.messages import AdvertiseKeysRequest, Enrolment, EnrolRequest
-from common.privacy.accounting import Budget, Mechanism
+from common.privacy.accounting import Budget, Mechanism, PureRelease
 from common.secagg.roster import load_roster, make_roster
 from deploy.phantoms import write_bids
 from tests.client.secure_sites import allow_too
@@ -102,6 +105,48 @@ def test_no_study_trains_on_patients_that_another_held_out(site: SiteSettings) -
     assert trained_on(site, first) == before == trained_on(site, second)
 
 
+def test_patients_who_are_held_out_pay_for_no_training_and_stay_who_they_are(site: SiteSettings) -> None:
+    """Whatever the study, its contract and its images: the two data sets of a site are the same for ever."""
+    joined(site, study_of())
+    first = open_study(site, study_of()).accountant
+    assert first is not None and first.held_out is not None
+    names = {False: set[str](), True: set[str]()}
+    key = cohort.holdout_key(site.folder)
+    for patient in list_patients(site.data):
+        names[cohort.is_held_out(key, patient, 0.3)].add(patient)
+    for data_set, side in ((first.data_set, names[False]), (first.held_out, names[True])):
+        assert side and data_set.patients == data_set_of(ledger_key_of(site.folder), site.data, side).patients
+    first.charge_round(1)
+    first.charge_audit(first.study.audit_round)
+    book = first.ledger.read()
+    assert [len(history) for history in book.histories(first.data_set.patients)] == [2]
+    assert book.histories(first.held_out.patients) == ((PureRelease(2.0),),)
+    for other in (study_of(150), study_of().with_changes("image", size=32), study_of(epsilon=3.0)):
+        joined(site, other)
+        again = open_study(site, other).accountant
+        assert again is not None
+        assert (again.data_set, again.held_out) == (first.data_set, first.held_out)
+
+
+def test_room_for_all_verdicts_is_asked_for_before_training(site: SiteSettings) -> None:
+    """Training and verdicts of a study of three sites must fit together; what they cost is what a simulation allows."""
+    contract = {name: PATIENTS for name in ("north", "south", "west")}
+    study = study_of(epsilon=4.0).with_changes("federation", contracted_patients=contract)
+    allow_too(site.folder, study)
+    policy = Policy.load(site.folder)
+    whole = whole_cost(study)
+    assert 4.0 < whole <= 4.5
+    assert policy_for(site, study, make_roster({"north": bytes(32)})).data[0].epsilon == whole
+    for budget, fits in ((whole, True), (4.0, False)):
+        data = policy.data[0].model_copy(update={"epsilon": budget, "delta": study.privacy.delta})
+        policy.model_copy(update={"data": (data,)}).save(site.folder)
+        if fits:
+            enrol(site, study, EnrolRequest(study.digest))
+        else:
+            with pytest.raises(OverBudget, match="and its audit"):
+                enrol(site, study, EnrolRequest(study.digest))
+
+
 def test_each_study_keeps_the_images_it_enrolled_with(site: SiteSettings) -> None:
     small = study_of()
     large = small.with_changes("image", size=32)
@@ -117,6 +162,15 @@ def test_a_lost_key_stops_the_site(site: SiteSettings) -> None:
     with pytest.raises(SiteError, match="key"):
         joined(site, study_of())
     assert not (site.folder / cohort.KEY_NAME).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"contracted_patients": null}'])
+def test_a_damaged_first_contract_stops_the_site(content: bytes, site: SiteSettings) -> None:
+    joined(site, study_of())
+    (site.folder / "holdout.json").write_bytes(content)
+    with pytest.raises(SiteError, match="would be trained on"):
+        joined(site, study_of().with_changes("image", size=32))  # prepared anew
+    assert (site.folder / "holdout.json").read_bytes() == content
 
 
 def test_a_site_that_never_enrolled_does_not_train(site: SiteSettings) -> None:

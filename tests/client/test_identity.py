@@ -17,20 +17,12 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from client.identity import (
-    KEY_FILE,
-    PUBLIC_FILE,
-    ROSTER_FILE,
-    Member,
-    load_member,
-    make_identity,
-    pin_roster,
-    read_public,
-)
+from client.identity import ROSTER_FILE, Member, load_member, pin_roster
 from client.policy import Policy, set_roster_digest
 from client.settings import SiteSettings
 from client.simulated import simulated_roster
 from common.errors import ConfigError, PolicyError, SiteError
+from common.identity import KEY_FILE, PUBLIC_FILE, make_identity, read_public
 from common.secagg.roster import Roster, make_roster
 
 

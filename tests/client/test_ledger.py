@@ -29,11 +29,11 @@ from hypothesis import strategies as st
 
 from client import ledger, ledger_file
 from client.ledger import FILE_NAME, HEAD_FILE, Ledger, create
-from client.ledger_lines import DataSet, Line, Release, data_set_of, ledger_key
+from client.ledger_lines import Book, DataSet, Line, Release, data_set_of, ledger_key
 from common.errors import LedgerError, OverBudget
 from common.files import locked
 from common.privacy import accounting
-from common.privacy.accounting import Budget, History, Mechanism, num_steps
+from common.privacy.accounting import Budget, History, Mechanism, PureRelease, num_steps
 from tests.strategies import mechanisms
 
 KEY = ledger_key(b"k" * 32)
@@ -64,6 +64,24 @@ def new_ledger(folder: Path) -> Ledger:
 
 def charge(folder: Path, *mechanisms: Mechanism, data_set: DataSet = ALL, study: str = STUDY) -> tuple[Line, ...]:
     return tuple(Ledger(folder, KEY).charge(data_set, release(each, study), PLENTY) for each in mechanisms)
+
+
+HELD_OUT = patients("fay", "gus")
+ANSWERS = (PureRelease(0.5), PureRelease(2.0))
+
+
+def verdict(
+    training: DataSet = ALL, held_out: DataSet = HELD_OUT, study: str = STUDY
+) -> tuple[tuple[DataSet, Release], ...]:
+    """What one verdict of an audit charges."""
+    return (
+        (training, Release(study, "phantom", "run-1", 9, ANSWERS[0], 1.0, "training")),
+        (held_out, Release(study, "phantom", "run-1", 9, ANSWERS[1], 1.0, "held_out")),
+    )
+
+
+def audit(folder: Path, study: str = STUDY) -> tuple[Line, ...]:
+    return Ledger(folder, KEY).charge_together(verdict(study=study), PLENTY)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -130,17 +148,19 @@ def test_a_line_says_what_was_released_and_is_on_disk_when_the_charge_returns(tm
 
 def test_an_auditor_can_recompute_the_chain_with_nothing_but_json_and_sha_256(tmp_path: Path) -> None:
     new_ledger(tmp_path)
-    charge(tmp_path, ONE, OTHER, ONE)
+    charge(tmp_path, ONE, OTHER)
+    audit(tmp_path)
     previous = "0" * 64
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
         for row in db.execute(f"SELECT {', '.join(COLUMNS)} FROM line ORDER BY number").fetchall():
             line = dict(zip(COLUMNS, row, strict=True))
             assert line["previous"] == previous
             previous = line.pop("hash")
-            text = json.dumps(line, sort_keys=True, separators=(",", ":"))
+            content = {key: value for key, value in line.items() if value is not None}  # only audits have all columns
+            text = json.dumps(content, sort_keys=True, separators=(",", ":"))
             assert hashlib.sha256(text.encode()).hexdigest() == previous
     head = json.loads((tmp_path / HEAD_FILE).read_bytes())
-    assert (head["line"]["number"], head["line"]["hash"]) == (3, previous)
+    assert (head["line"]["number"], head["line"]["hash"]) == (4, previous)
 
 
 def test_a_data_set_is_keyed_digests_of_its_patients() -> None:
@@ -535,7 +555,8 @@ def altered(whole: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("column", [name for name in COLUMNS if name != "number"])
 def test_a_changed_row_is_found(column: str, number: int, altered: Path) -> None:
     kind = Line.__dataclass_fields__[column].type
-    new = {str: f"{column} || 'x'", float: f"{column} / 2", int: f"{column} + 1"}[kind]  # type: ignore[index]
+    changes = {str: f"{column} || 'x'", float: f"{column} / 2", int: f"{column} + 1"}
+    new = "0.5" if column == "epsilon" else "'training'" if column == "audited" else changes[kind]  # type: ignore[index]
     edit(altered, f"UPDATE line SET {column} = {new} WHERE number = {number}")
     assert_refused(altered, f"ledger.db was altered: line {number} is not what was written")
 
@@ -593,7 +614,8 @@ def forged(lines: list[Line]) -> list[Line]:
     """Lines with numbers and hashes as they should be, by whoever knows how they are made."""
     previous, chain = "0" * 64, []
     for number, line in enumerate(lines, 1):
-        content = asdict(replace(line, number=number, previous=previous))
+        content = {key: value for key, value in asdict(line).items() if value is not None}
+        content |= {"number": number, "previous": previous}
         del content["hash"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         previous = hashlib.sha256(text.encode()).hexdigest()
@@ -602,7 +624,10 @@ def forged(lines: list[Line]) -> list[Line]:
 
 
 def write_lines(folder: Path, lines: list[Line]) -> None:
-    values = ["(" + ", ".join(repr(value) for value in asdict(line).values()) + ")" for line in lines]
+    values = [
+        "(" + ", ".join("NULL" if value is None else repr(value) for value in asdict(line).values()) + ")"
+        for line in lines
+    ]
     edit(folder, "DELETE FROM line", f"INSERT INTO line VALUES {', '.join(values)}")
 
 
@@ -803,18 +828,18 @@ def test_an_older_schema_is_brought_up_to_date_and_the_older_program_then_refuse
     altered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = Ledger(altered, KEY).lines()
-    assert version(altered) == len(ledger_file.MIGRATIONS) == 1
+    assert version(altered) == len(ledger_file.MIGRATIONS) == 2
     with monkeypatch.context() as patch:
         patch.setattr(ledger_file, "MIGRATIONS", (*ledger_file.MIGRATIONS, MORE[:1], MORE[1:]))
         assert Ledger(altered, KEY).lines() == lines
-        assert version(altered) == 3
+        assert version(altered) == 4
         (line,) = charge(altered, ONE)
         assert Ledger(altered, KEY).lines() == (*lines, line)
         new = altered / "new"
         new.mkdir()
         create(new)
-        assert version(new) == 3 and Ledger(new, KEY).lines() == ()
-    assert_refused(altered, "has version 3 of the schema, and this program knows versions up to 1")
+        assert version(new) == 4 and Ledger(new, KEY).lines() == ()
+    assert_refused(altered, "has version 4 of the schema, and this program knows versions up to 2")
 
 
 def test_a_failing_migration_changes_nothing(altered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -822,7 +847,7 @@ def test_a_failing_migration_changes_nothing(altered: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(ledger_file, "MIGRATIONS", (*ledger_file.MIGRATIONS, (MORE[0], "CREATE TABLE line (x)")))
         assert_refused(altered, "table line already exists")
-    assert version(altered) == 1 and Ledger(altered, KEY).lines() == lines
+    assert version(altered) == 2 and Ledger(altered, KEY).lines() == lines
 
 
 # Locked, full, unwritable
@@ -1144,6 +1169,290 @@ def test_a_moved_folder_is_the_same_ledger(altered: Path, tmp_path: Path) -> Non
         shutil.move(altered / name, moved / name)
     assert Ledger(moved, KEY).lines() == lines
     charge(moved, ONE)
+
+
+# ---------------------------------------------------------------- audits
+
+
+def test_a_verdict_is_a_line_on_each_side_of_the_split(tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    charge(tmp_path, ONE)
+    lines = audit(tmp_path)
+    assert held.lines()[1:] == lines
+    assert [(line.audited, line.epsilon, line.mechanism, line.data_set) for line in lines] == [
+        ("training", 0.5, PureRelease(0.5), ALL.digest),
+        ("held_out", 2.0, PureRelease(2.0), HELD_OUT.digest),
+    ]
+    assert {(line.sampling_probability, line.noise_multiplier, line.steps, line.clip_norm) for line in lines} == {
+        (1.0, 0.0, 1, 1.0)
+    }
+    book = held.read()
+    assert book.histories(ALL.patients) == ((ONE, PureRelease(0.5)),)
+    assert book.histories(HELD_OUT.patients) == ((PureRelease(2.0),),)
+    assert book.of_study(STUDY) == (ONE, PureRelease(0.5))  # nobody pays what both sides pay
+    assert book.of_other_studies(OTHER_STUDY) == (ONE, PureRelease(0.5))
+
+
+def test_a_line_written_before_the_split_was_charged_apart_counts_for_both_sides(tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    charge(tmp_path, ONE, data_set=patients(*NAMES, "fay", "gus"))
+    charge(tmp_path, OTHER)
+    audit(tmp_path)
+    assert held.read().histories(ALL.patients) == ((ONE, OTHER, PureRelease(0.5)),)
+    assert held.read().histories(HELD_OUT.patients) == ((ONE, PureRelease(2.0)),)
+
+
+def test_a_patient_who_comes_to_the_other_side_has_paid_on_both(tmp_path: Path) -> None:
+    # As when ids are written another way: sub-fay was held out, fay is trained on, and both are the same person.
+    held = new_ledger(tmp_path)
+    audit(tmp_path)
+    charge(tmp_path, ONE, data_set=patients("sub-fay"))
+    assert set(held.read().histories(HELD_OUT.patients)) == {(PureRelease(2.0), ONE), (PureRelease(2.0),)}
+
+
+def test_verdicts_are_counted_by_study_and_by_patient(tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    assert held.read().num_verdicts(STUDY) == held.read().most_verdicts(ALL.patients) == 0
+    charge(tmp_path, ONE)  # training is no verdict
+    audit(tmp_path)
+    audit(tmp_path, OTHER_STUDY)
+    held.charge_together(verdict(training=patients("anna", "zoe"), held_out=patients("yan")), PLENTY)
+    book = held.read()
+    assert (book.num_verdicts(STUDY), book.num_verdicts(OTHER_STUDY), book.num_verdicts("f" * 64)) == (2, 1, 0)
+    for names, most in ((("anna",), 3), (("ben", "cleo"), 2), (("zoe", "yan"), 1), (("ben", "anna"), 3), (("x",), 0)):
+        assert book.most_verdicts(patients(*names).patients) == most
+    assert book.most_verdicts(HELD_OUT.patients) == 2
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "side"),
+    [(1.99, "fay"), (0.49, "anna")],  # the held-out patients' 2 does not fit, or not even the others' 0.5
+)
+def test_a_verdict_that_one_side_cannot_pay_charges_neither(epsilon: float, side: str, tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    before = contents(tmp_path)
+    for call in (held.charge_together, held.check_together):
+        with pytest.raises(OverBudget, match="Another audit of phantom would bring"):
+            call(verdict(), Budget(epsilon, 1e-12))
+    assert held.lines() == () and contents(tmp_path) == before
+    held.charge_together(verdict(), Budget(2.0, 1e-12))
+
+
+def test_what_is_charged_together_adds_up_on_patients_of_both(tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    both = verdict(held_out=patients("anna"))
+    with pytest.raises(OverBudget):
+        held.charge_together(both, Budget(2.49, 1e-12))
+    held.charge_together(both, Budget(2.5, 1e-12))
+    assert held.read().histories(patients("anna").patients) == (ANSWERS,)
+
+
+def test_who_refuses_sees_the_ledger_as_it_is_and_nothing_is_charged(tmp_path: Path) -> None:
+    held, seen = new_ledger(tmp_path), []
+
+    def refuse(book: Book) -> None:
+        seen.append(len(book.lines))
+        if book.num_verdicts(STUDY) >= 1:
+            raise KeyError("enough")
+
+    held.check_together(verdict(), PLENTY, refuse)
+    held.charge_together(verdict(), PLENTY, refuse)
+    for call in (held.charge_together, held.check_together):
+        with pytest.raises(KeyError, match="enough"):
+            call(verdict(), PLENTY, refuse)
+    assert seen == [0, 0, 2, 2] and len(held.lines()) == 2
+
+
+def test_nobody_may_be_held_out(tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    held.charge_together(verdict(held_out=patients()), PLENTY)
+    assert len(held.lines()) == 2 and held.read().most_verdicts(ALL.patients) == 1
+
+
+def test_a_release_is_of_one_kind() -> None:
+    for mechanism, audited in ((ONE, "training"), (ANSWERS[0], None)):
+        with pytest.raises(ValueError, match="an audit's answer is a pure release"):
+            Release(STUDY, "phantom", "run-1", 1, mechanism, 1.0, audited)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> Path:
+    """A ledger with a line of training and a verdict."""
+    new_ledger(tmp_path)
+    charge(tmp_path, ONE)
+    audit(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("column", [name for name in COLUMNS if name != "number"])
+def test_a_changed_row_of_an_audit_is_found(column: str, number: int, audited: Path) -> None:
+    kind = float if column == "epsilon" else str if column == "audited" else Line.__dataclass_fields__[column].type
+    new = {str: f"{column} || 'x'", float: f"{column} + 1", int: f"{column} + 1"}[kind]  # type: ignore[index]
+    edit(audited, f"UPDATE line SET {column} = {new} WHERE number = {number}")
+    assert_refused(audited, f"ledger.db was altered: line {number} is not what was written")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epsilon": None},
+        {"audited": None},
+        {"epsilon": None, "audited": None},
+        {"audited": "somebody"},
+        {"epsilon": 0.0},
+        {"epsilon": -0.5},
+        {"epsilon": 1},
+        {"noise_multiplier": 1.0},
+        {"sampling_probability": 0.5},
+        {"steps": 2},
+        {"clip_norm": 2.0},
+    ],
+)
+def test_a_line_between_the_kinds_is_none_whatever_its_hash(changes: dict[str, object], audited: Path) -> None:
+    lines = Ledger(audited, KEY).lines()
+    write_lines(audited, forged([*lines[:2], replace(lines[2], **changes)]))  # type: ignore[arg-type]
+    assert_refused(audited, "altered: line 3 is not what was written|text that is none")
+
+
+def test_the_rows_of_a_verdict_come_back_when_they_are_removed(audited: Path) -> None:
+    before = Ledger(audited, KEY).read()
+    for first in (3, 2):
+        edit(audited, f"DELETE FROM line WHERE number >= {first}", "DELETE FROM member")
+        edit(audited, *(f"INSERT INTO member VALUES ('{ALL.digest}', '{patient}')" for patient in ALL.patients))
+        assert Ledger(audited, KEY).read() == replace(before, unwritten=4 - first)
+        assert Ledger(audited, KEY).read() == before
+    edit(audited, "DELETE FROM line")
+    assert_refused(audited, "an older copy: it ends at line 0, and ledger-head.json at line 3")
+
+
+@pytest.mark.parametrize("part", ["the first line", "its patients", "the order", "one line more", "the first alone"])
+def test_a_head_of_a_verdict_that_was_altered_is_found(part: str, audited: Path) -> None:
+    head = json.loads((audited / HEAD_FILE).read_bytes())
+    (first,) = head["before"]
+    match part:
+        case "the first line":
+            first["line"]["epsilon"] = 0.25
+        case "its patients":
+            first["members"] = ["somebody"]
+        case "the order":
+            head = {"line": first["line"], "members": None, "before": [{"line": head["line"], "members": None}]}
+        case "one line more":
+            head["before"] = [first, first]
+        case "the first alone":
+            head = first
+    (audited / HEAD_FILE).write_bytes(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    edit(audited, "DELETE FROM line WHERE number >= 2", f"DELETE FROM member WHERE data_set = '{HELD_OUT.digest}'")
+    if part == "the first alone":
+        assert len(Ledger(audited, KEY).lines()) == 2  # an older pair of file and head: what the export is the proof of
+    else:
+        assert_refused(audited, "damaged or was altered|does not follow|the patients of line|another one|is missing")
+
+
+def audit_and_die(folder: str, moment: str) -> None:
+    write = ledger.write_atomically
+
+    def write_and_die(path: Path, data: bytes, mode: int) -> None:
+        if moment == "after":
+            write(path, data, mode)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ledger.write_atomically = write_and_die  # type: ignore[attr-defined]
+    audit(Path(folder))
+
+
+def test_a_crash_leaves_both_lines_of_a_verdict_or_none(processes: Processes, tmp_path: Path) -> None:
+    held = new_ledger(tmp_path)
+    lines = charge(tmp_path, ONE)
+    assert processes.run(audit_and_die, tmp_path, "before") == -signal.SIGKILL
+    assert held.lines() == lines
+    assert processes.run(audit_and_die, tmp_path, "after") == -signal.SIGKILL
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
+        assert db.execute("SELECT COUNT(*) FROM line").fetchone() == (1,)
+    assert held.read().unwritten == 2
+    assert held.read().unwritten == 0
+    assert held.read().histories(HELD_OUT.patients) == ((PureRelease(2.0),),)
+    assert held.read().num_verdicts(STUDY) == 1
+    assert processes.run(audit_and_die, tmp_path, "after") == -signal.SIGKILL
+    (newest,) = charge(tmp_path, ONE)  # what opens the ledger next puts both lines back
+    assert newest.number == 6 and held.read().num_verdicts(STUDY) == 2
+
+
+def audit_until_killed(folder: str, acknowledged: str) -> None:
+    for _ in range(1_000_000):
+        append_to(acknowledged, f"{audit(Path(folder))[-1].number}\n")
+
+
+def test_kill_at_any_moment_leaves_whole_verdicts(processes: Processes, tmp_path: Path) -> None:
+    held, acknowledged, coin = new_ledger(tmp_path), tmp_path / "acknowledged", random.Random(5)
+    num_acknowledged = 0
+    for attempt in range(12):
+        acknowledged.write_text("")
+        pid = processes.start(audit_until_killed, tmp_path, acknowledged)
+        patience = time.monotonic() + 30
+        while attempt % 2 and not acknowledged.stat().st_size and time.monotonic() < patience:
+            time.sleep(0.001)  # every other time it is in full swing
+        time.sleep(coin.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        assert processes.wait() == -signal.SIGKILL
+        asked, seen = [line.audited for line in held.lines()], acknowledged.read_text().split()
+        assert asked == ["training", "held_out"] * (len(asked) // 2)
+        assert all(int(number) <= len(asked) for number in seen)
+        num_acknowledged += len(seen)
+    assert num_acknowledged >= 6
+
+
+# Lines that were written before there were audits
+
+
+OLD = json.loads((Path(__file__).parent / "ledger_v1.json").read_text())
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A ledger as it was left by a program that knew no audits."""
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
+        db.execute(f"PRAGMA application_id = {OLD['application_id']}")
+        for statement in OLD["schema"]:
+            db.execute(statement)
+        for line in OLD["lines"]:
+            db.execute(f"INSERT INTO line VALUES ({', '.join('?' * len(line))})", tuple(line.values()))
+        db.executemany("INSERT INTO member VALUES (?, ?)", OLD["members"])
+        db.execute(f"PRAGMA user_version = {OLD['user_version']}")
+        db.commit()
+    (tmp_path / HEAD_FILE).write_text(OLD["head"])
+    for name in (FILE_NAME, HEAD_FILE):
+        (tmp_path / name).chmod(0o600)
+    return tmp_path
+
+
+def test_an_old_ledger_is_read_and_goes_on(old: Path) -> None:
+    held = Ledger(old, KEY)
+    lines = held.lines()
+    assert [line.hash for line in lines] == [line["hash"] for line in OLD["lines"]]
+    assert lines == tuple(Line(**line) for line in OLD["lines"])
+    assert version(old) == 2 and (old / HEAD_FILE).read_text() == OLD["head"]
+    assert held.read().histories(patients("ben").patients) == ((Mechanism(0.25, 3.0, 20), Mechanism(1.0, 4.5, 1)),)
+    charged = (*audit(old), *charge(old, ONE))
+    assert held.lines() == (*lines, *charged)
+    assert charged[0].previous == OLD["lines"][-1]["hash"]
+
+
+def test_an_old_ledger_whose_newest_line_is_in_the_head_alone_is_put_right(old: Path) -> None:
+    with closing(sqlite3.connect(old / FILE_NAME)) as db:
+        db.execute("DROP TRIGGER line_kept")
+        db.execute("DELETE FROM line WHERE number = 3")
+        db.execute(next(statement for statement in OLD["schema"] if "TRIGGER line_kept" in statement))
+        db.commit()
+    assert [line.hash for line in Ledger(old, KEY).lines()] == [line["hash"] for line in OLD["lines"]]
+
+
+def test_a_new_line_of_training_is_what_an_old_program_would_have_written(tmp_path: Path) -> None:
+    new_ledger(tmp_path)
+    (line,) = charge(tmp_path, ONE)
+    head = json.loads((tmp_path / HEAD_FILE).read_bytes())
+    assert head["line"].keys() == OLD["lines"][0].keys() and head.keys() == {"line", "members"}
+    assert head["line"]["hash"] == line.hash
 
 
 # ---------------------------------------------------------------- who is who, and who may write

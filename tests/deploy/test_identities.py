@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from client.identity import load_member, read_public
+from client.identity import load_member
 from client.policy import Policy
 from client.settings import SiteSettings
 from common.errors import SiteError
+from common.identity import read_public
 from common.secagg.roster import load_roster
 from tests.deploy.command import synthward
 

@@ -10,13 +10,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.accountant import open_ledger
+from client.enrolled import open_accountant, read_enrolled
 from client.ledger_lines import Release
 from client.policy import Policy
 from client.settings import SiteSettings
 from client.statement import sign_statement
 from common.config import StudyConfig
 from common.privacy import accounting
-from common.privacy.accounting import Budget, Mechanism
+from common.privacy.accounting import Budget, Mechanism, PureRelease
+from common.privacy.plan import make_plan
 from server.record import RunRecord
 from tests.deploy.command import synthward
 from tests.deploy.conftest import MARK, Run
@@ -33,7 +35,7 @@ def site(run: Run, tmp_path: Path) -> Path:
 def spend_more(site: Path, study: str = "another") -> None:
     """Another study of the same patients."""
     ledger = open_ledger(site)
-    (data_set,) = ledger.read().data_sets()
+    data_set = ledger.read().data_sets()[0]
     ledger.charge(data_set, Release("ab" * 32, study, "run", 1, MORE, 1.0), Budget(100.0, 1e-5))
 
 
@@ -72,6 +74,50 @@ def test_two_studies_are_shown_alone_and_composed(run: Run, site: Path) -> None:
     assert max(alone) < tree["spent"]["epsilon"] < sum(alone)
     assert found["left"]["epsilon"] == 0.0  # over the budget that the site has now
     assert "do not simply add up" in synthward("ledger", "show", site).out
+
+
+def audit(site: Path, run: Run) -> None:
+    """A verdict on the site's patients, in a policy with room for it."""
+    policy = Policy.load(site)
+    policy.model_copy(update={"data": (policy.data[0].model_copy(update={"epsilon": 20.0}),)}).save(site)
+    settings, study = SiteSettings.load(site), StudyConfig.from_toml(run.folder / "study.toml")
+    account = open_accountant(settings, study, read_enrolled(settings, study))
+    assert account is not None
+    account.charge_audit(study.audit_round)
+
+
+def test_an_audit_is_shown_in_words_on_both_sides_of_the_split(run: Run, site: Path) -> None:
+    before = shown(site)["spent"]["epsilon"]
+    audit(site, run)
+    trained, held_out = shown(site)["data_sets"]
+    assert trained["patients"] + held_out["patients"] == 25 and held_out["patients"] > 0
+    assert [(found["studies"][0]["audits"], found["studies"][0]["audited"]) for found in (trained, held_out)] == [
+        (1, "training"),
+        (1, "held_out"),
+    ]
+    assert [(found["studies"][0]["rounds"], found["studies"][0]["steps"]) for found in (trained, held_out)] == [
+        (2, 6),
+        (0, 0),
+    ]
+    assert before < trained["spent"]["epsilon"] <= before + 0.5
+    assert 1.99 < held_out["spent"]["epsilon"] <= 2.0
+    text = synthward("ledger", "show", site).out
+    assert "alone, 2 lines, 6 steps, 1 audit of patients it trains on\n" in text
+    assert "alone, 1 audit of patients it holds out, who pay for no training\n" in text
+
+
+def test_a_statement_holds_audits_and_the_ledger_continues_it(run: Run, site: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert synthward("ledger", "export", site, "--out", first).status == 0
+    audit(site, run)
+    assert synthward("ledger", "export", site, "--out", second).status == 0
+    lines = json.loads(second.read_bytes())["lines"]
+    assert ["epsilon" in line for line in lines] == [False, False, True, True]
+    assert [(line["epsilon"], line["audited"]) for line in lines[2:]] == [(0.5, "training"), (2.0, "held_out")]
+    spend_more(site)
+    for statement, number in ((first, 2), (second, 4)):
+        result = synthward("ledger", "verify", site, "--statement", statement)
+        assert (result.status, f"begins with the {number} lines" in result.out) == (0, True)
 
 
 def test_a_new_site_has_spent_nothing(tmp_path: Path) -> None:
@@ -144,7 +190,7 @@ def test_a_statement_is_signed_and_names_no_patient(site: Path, tmp_path: Path) 
     assert content["data_sets"] == shown(site)["data_sets"]
     members = {patient for data_set in open_ledger(site).read().data_sets() for patient in data_set.patients}
     text = out.read_text().replace(str(SiteSettings.load(site).data), "")  # the folder is named, on purpose
-    assert len(members) > 20 and not [patient for patient in members if patient in text]
+    assert len(members) > 10 and not [patient for patient in members if patient in text]
     assert MARK not in text
     again = synthward("ledger", "export", site, "--out", out)
     assert (again.status, "exists already" in again.err) == (2, True)
@@ -199,6 +245,25 @@ def test_a_study_is_measured_against_what_is_left_before_anyone_joins(run: Run, 
     assert tree["fits"] and spent == tree["study"]["epsilon"] == shown(site)["spent"]["epsilon"]
     assert spent < tree["after"]["epsilon"] < 2 * spent
     assert open_ledger(site).lines() == before  # asking costs nothing
+
+
+def test_verdicts_that_a_study_plans_are_measured_on_both_sides(run: Run, site: Path, tmp_path: Path) -> None:
+    study = StudyConfig.from_toml(run.folder / "study.toml")
+    contract = {**study.federation.contracted_patients, "west": 25}
+    other = study.with_changes("federation", contracted_patients=contract).with_changes("audit", verdicts=2)
+    other.save(tmp_path / "other.toml")
+    policy = Policy.load(site)
+    policy.model_copy(update={"data": (policy.data[0].model_copy(update={"epsilon": 20.0}),)}).save(site)
+    tree = json.loads(synthward("ledger", "plan", site, tmp_path / "other.toml", "--json").out)
+    plan = make_plan(other)
+    assert plan is not None and tree["study"]["epsilon"] == plan.epsilon
+    spent = open_ledger(site).read().of_study(study.digest)
+    after = accounting.epsilon((*spent, *plan.history, PureRelease(0.5, 2)), 1e-5)
+    assert tree["after"]["epsilon"] == after
+    assert tree["after_held_out"]["epsilon"] == accounting.epsilon((PureRelease(2.0, 2),), 1e-5)
+    text = synthward("ledger", "plan", site, tmp_path / "other.toml").out
+    assert f"after it, all spent   epsilon {after:.4f} at delta 1e-05, 2 audits included\n" in text
+    assert "patients held out     epsilon 4.0000 at delta 1e-05, 2 audits included\n" in text
 
 
 def test_a_study_without_privacy_has_no_plan(run: Run, site: Path, tmp_path: Path) -> None:

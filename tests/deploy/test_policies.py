@@ -8,13 +8,14 @@ import pytest
 from client import ledger
 from client.data.cohort import holdout_key
 from client.data.inventory import list_patients
-from client.identity import load_identity, make_identity, pin_roster
+from client.identity import pin_roster
 from client.ledger import Ledger
 from client.ledger_lines import Release, data_set_of, ledger_key
 from client.policy import DataPolicy, Policy
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.errors import ConfigError, LedgerError, PolicyError, SiteError
+from common.identity import load_identity, make_identity
 from common.privacy.accounting import Budget, Mechanism
 from common.privacy.plan import make_plan
 from common.secagg.roster import Roster, make_roster

@@ -7,7 +7,7 @@ import pytest
 from common.config import StudyConfig
 from common.messages import Enrolment
 from common.privacy import accounting
-from common.privacy.accounting import Budget, History, Mechanism
+from common.privacy.accounting import Budget, History, Mechanism, PureRelease
 from common.privacy.plan import PhasePlan, PrivacyPlan, make_plan
 from server import charging, record
 from server.record import RunRecord, SiteRecord
@@ -141,7 +141,7 @@ def test_without_privacy_nothing_is_charged() -> None:
 def test_what_a_site_says_when_it_enrols_takes_the_place_of_what_was_assumed() -> None:
     _, site = north()
     for said in (9, 3):  # two rounds that nobody saw; a round that never reached the site
-        charging.enrol(site, Enrolment("north", "ab" * 32, False, spent(said), budget=Budget(9.0, 1e-5)))
+        charging.enrol(STUDY, site, Enrolment("north", "ab" * 32, False, spent(said), budget=Budget(9.0, 1e-5)))
         assert record.history(site) == spent(said)
         assert site.epsilon == accounting.rdp_epsilon(spent(said), 1e-5)
 
@@ -329,3 +329,111 @@ def test_phases_with_the_same_noise_are_told_apart_by_nobody_and_counted_togethe
     assert charging.is_possible(study, plan, site, (of(first, 3), release.mechanism, of(first, 3)))
     assert not charging.is_possible(study, plan, site, (of(first, 5), release.mechanism))
     assert not charging.is_possible(study, plan, site, (of(first, 7), release.mechanism))
+
+
+# ---------------------------------------------------------------- the audit
+
+AUDITED = STUDY.with_changes("audit", verdicts=2, epsilon_training=0.25, epsilon_held_out=1.5)
+
+
+def of_audit(run: RunRecord) -> tuple[int, int]:
+    """Verdicts that north is charged, and those it has answered."""
+    audits = run.site("north").audits
+    return (audits.verdicts, audits.answered) if audits else (0, 0)
+
+
+def said(*history: Mechanism | PureRelease) -> Enrolment:
+    return Enrolment("north", "ab" * 32, False, history, budget=Budget(9.0, 1e-5))
+
+
+def test_a_verdict_is_charged_before_anyone_is_asked_and_beside_the_training() -> None:
+    run, site = north()
+    record.set_epsilon(site, "prv")
+    training = site.epsilon
+    charging.charge_audit(AUDITED, run, ["north"])
+    assert site.audits is not None and of_audit(run) == (1, 0)
+    assert (site.audits.epsilon_training, site.audits.epsilon_held_out) == (0.25, 1.5)
+    assert (site.epsilon, site.accountant) == (training, "prv")  # the study's promise is training's
+    assert site.audits.spent_training == accounting.epsilon((*spent(3), PureRelease(0.25)), 1e-5)
+    assert site.audits.spent_held_out == accounting.epsilon((PureRelease(1.5),), 1e-5)
+    charging.charge_audit(AUDITED, run, ["north"])
+    assert site.audits.spent_held_out == accounting.epsilon((PureRelease(1.5, 2),), 1e-5)
+    charging.charge_audit(AUDITED, run, ["north"])  # the plan has no more: an honest site refuses the third
+    assert of_audit(run) == (2, 0)
+
+
+def test_only_sites_that_are_asked_are_charged_and_nobody_without_privacy() -> None:
+    run = make_run(("north", "south"), rounds=0)
+    charging.charge_audit(AUDITED, run, ["south"])
+    assert [site.audits is not None for site in run.sites] == [False, True]
+    run = make_run(("north",), rounds=0)
+    charging.charge_audit(AUDITED.with_changes("privacy", enabled=False), run, ["north"])
+    assert run.site("north").audits is None
+
+
+def test_the_budget_of_patients_trained_on_covers_both() -> None:
+    run, site = north()
+    earlier = (Mechanism(0.1, 5.0, 10), PureRelease(0.5))
+    charging.enrol(AUDITED, site, replace(said(*spent(3), PureRelease(0.25)), earlier=earlier))
+    assert site.budget is not None and of_audit(run) == (1, 0)
+    assert record.history(site) == spent(3)
+    record.set_epsilon(site, "prv")
+    both = (*spent(3), PureRelease(0.25))
+    assert site.epsilon == accounting.epsilon(spent(3), 1e-5)
+    assert site.budget.spent_before == accounting.epsilon(earlier, 1e-5)
+    assert site.budget.spent_here == accounting.epsilon(both, 1e-5)
+    assert site.budget.spent_after == accounting.epsilon((*earlier, *both), 1e-5)
+    assert RunRecord.model_validate_json(run.model_dump_json()) == run
+
+
+@pytest.mark.parametrize(
+    ("audits", "answered", "expected"),
+    [
+        ((), 0, True),
+        ((PureRelease(0.25),), 0, True),
+        ((PureRelease(0.25, 2),), 0, True),
+        ((PureRelease(0.25), PureRelease(0.25)), 0, True),
+        ((PureRelease(0.25, 3),), 0, False),  # more than planned
+        ((PureRelease(0.5),), 0, False),  # of another study
+        ((PureRelease(1.5),), 0, False),  # what those held out pay is not said: it follows
+        ((), 1, False),  # an answer that the ledger has forgotten
+        ((PureRelease(0.25),), 1, True),
+        ((PureRelease(0.25),), 2, False),
+        ((PureRelease(0.25, 2),), 1, True),  # one was charged and lost
+    ],
+)
+def test_a_history_with_verdicts_is_believed_when_an_honest_site_can_have_it(
+    audits: tuple[PureRelease, ...], answered: int, expected: bool
+) -> None:
+    run, site = north()
+    for _ in range(answered):
+        charging.charge_audit(AUDITED, run, ["north"])
+        charging.note_audited(run, ["north"])
+    assert charging.is_possible(AUDITED, planned(), site, (*spent(3), *audits)) is expected
+    assert charging.is_possible(AUDITED, planned(), site, (*audits, *spent(3))) is expected
+    assert not charging.is_possible(AUDITED, planned(), site, audits)  # the round that it answered is missing
+
+
+def test_no_history_of_an_audit_is_possible_without_privacy() -> None:
+    _, site = north(rounds=0)
+    assert not charging.is_possible(OFF, None, site, (PureRelease(0.5),))
+
+
+def test_what_a_site_says_takes_the_place_of_what_was_assumed_and_its_answers_stay() -> None:
+    run, site = north()
+    for _ in range(2):
+        charging.charge_audit(AUDITED, run, ["north"])
+    charging.note_audited(run, ["north"])
+    charging.enrol(AUDITED, site, said(*spent(3), PureRelease(0.25)))  # the second never reached it
+    assert of_audit(run) == (1, 1)
+
+
+def test_a_run_that_is_over_keeps_its_figures_when_its_sites_enrol_for_the_audit() -> None:
+    run, site = north()
+    charging.enrol(AUDITED, site, said(*spent(3)))
+    record.set_epsilon(site, "prv")
+    before = site.model_copy(deep=True)
+    charging.enrol(AUDITED, site, said(*spent(3)))
+    assert site == before
+    charging.enrol(AUDITED, site, said(*spent(6)))
+    assert site.accountant == "rdp"  # it trained on: the run goes on

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from common.config import StudyConfig
 from common.errors import ConfigError
 from common.privacy import accounting
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import Mechanism, PureRelease
 from server import record
-from server.record import RunRecord
+from server.record import AuditsRecord, RunRecord, SiteRecord
 from tests.server.report.runs import make_run
 
 
@@ -62,6 +62,25 @@ def test_mechanisms_there_and_back() -> None:
     site = make_run().sites[0]
     site.mechanisms = record.mechanisms(history)
     assert record.history(site) == history
+
+
+def test_audits_stand_beside_the_training_and_are_no_part_of_it() -> None:
+    history = (Mechanism(0.5, 2.0, 3), PureRelease(0.5, 2), Mechanism(0.25, 2.0, 4))
+    site = make_run().sites[0]
+    site.mechanisms, site.earlier = record.mechanisms(history), record.entries(history)
+    assert record.history(site) == record.charged(site) == (history[0], history[2])
+    assert [type(each).__name__ for each in site.earlier] == ["MechanismRecord", "MechanismRecord", "PureRecord"]
+    site.audits = AuditsRecord(verdicts=2, epsilon_training=0.5, epsilon_held_out=2.0)
+    assert record.charged(site) == (history[0], history[2], PureRelease(0.5, 2))
+    again = SiteRecord.model_validate_json(site.model_dump_json())
+    assert again == site and record.charged(again) == record.charged(site)
+
+
+def test_a_record_from_before_audits_is_read() -> None:
+    content = make_run().model_dump()
+    for site in content["sites"]:
+        del site["audits"]
+    assert all(site.audits is None for site in RunRecord.model_validate(content).sites)
 
 
 def test_the_figure_that_stays_is_prv() -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from common.privacy import discrete_gaussian
-from common.privacy.discrete_gaussian import LARGEST_SCALE, _exp_coins, _geometric, _inverse_e, _Random, sample
+from common.privacy.coins import Random, coins_in_a_row, exp_coins, inverse_e
+from common.privacy.discrete_gaussian import LARGEST_SCALE, sample
 from common.privacy.sampling import ByteSource
 from tests.common.privacy.sources import Counted, failing, seeded, short
 
@@ -22,7 +23,7 @@ COUNT = 200_000
 FALSE_ALARM = 1e-5
 
 
-def scripted(*words: int) -> _Random:
+def scripted(*words: int) -> Random:
     """Gives these words in turn, then no more."""
     left = list(words)
 
@@ -30,11 +31,11 @@ def scripted(*words: int) -> _Random:
         taken = [left.pop(0) for _ in range(count // 8)]
         return np.array(taken, np.uint64).tobytes()
 
-    return _Random(source, 10**6)
+    return Random(source, 10**6)
 
 
-def random(seed: int) -> _Random:
-    return _Random(seeded(seed), 10**9)
+def random(seed: int) -> Random:
+    return Random(seeded(seed), 10**9)
 
 
 def probabilities(scale: int, farthest: int) -> NDArray[np.float64]:
@@ -84,14 +85,14 @@ def test_a_coin_is_true_for_the_share_of_words(numerator: int, denominator: int)
         assert not scripted(numerator * step).coins(numerators, denominator).any()
 
 
-def test_the_coin_of_inverse_e_is_exact() -> None:
+def test_the_coin_ofinverse_e_is_exact() -> None:
     # The integers below 20! that make it true, counted between the points where it changes; 0 is left to more coins.
     whole = math.factorial(20)
     step = (2**64 - 1) // whole
     changes = sorted({whole // math.factorial(k) for k in range(1, 21)})  # 1, 20, 20 * 19, ... 20!
     accepted = 0
     for low, high in itertools.pairwise(changes):
-        results = [_inverse_e(1, scripted(drawn * step)).item() for drawn in (low, (low + high) // 2, high - 1)]
+        results = [inverse_e(1, scripted(drawn * step)).item() for drawn in (low, (low + high) // 2, high - 1)]
         assert len(set(results)) == 1
         accepted += results[0] * (high - low)
     with mpmath.workdps(40):
@@ -99,11 +100,11 @@ def test_the_coin_of_inverse_e_is_exact() -> None:
         assert accepted <= share <= accepted + 1
 
 
-def test_the_coin_of_inverse_e_goes_on_where_a_word_does_not_decide() -> None:
+def test_the_coin_ofinverse_e_goes_on_where_a_word_does_not_decide() -> None:
     fails, succeeds = 2**63, 0
-    assert _inverse_e(1, scripted(0, fails)).all()  # throw 21 is the first that fails, an odd one
-    assert not _inverse_e(1, scripted(0, succeeds, fails)).any()
-    assert _inverse_e(1, scripted(0, succeeds, succeeds, fails)).all()
+    assert inverse_e(1, scripted(0, fails)).all()  # throw 21 is the first that fails, an odd one
+    assert not inverse_e(1, scripted(0, succeeds, fails)).any()
+    assert inverse_e(1, scripted(0, succeeds, succeeds, fails)).all()
 
 
 @pytest.mark.parametrize(
@@ -111,21 +112,21 @@ def test_the_coin_of_inverse_e_goes_on_where_a_word_does_not_decide() -> None:
     [(0, 7), (1, 1000), (1, 2), (999, 1000), (1, 1), (3, 2), (2, 1), (7, 3), (2**49 - 1, 2**49), (3 * 2**48, 2**49)],
 )
 def test_exponential_coins_have_their_probability(numerator: int, denominator: int) -> None:
-    coins = _exp_coins(np.full(COUNT, numerator, np.int64), denominator, random(1))
+    coins = exp_coins(np.full(COUNT, numerator, np.int64), denominator, random(1))
     exact = math.exp(-Fraction(numerator, denominator))
     assert stats.binomtest(int(coins.sum()), COUNT, exact).pvalue > FALSE_ALARM
 
 
 def test_exponential_coins_do_not_mix_their_numerators() -> None:
     numerators = np.tile(np.array([0, 1, 5, 10, 15, 23, 50], np.int64), 30_000)
-    coins = _exp_coins(numerators, 10, random(2))
+    coins = exp_coins(numerators, 10, random(2))
     for numerator in set(numerators.tolist()):
         mine = coins[numerators == numerator]
         assert stats.binomtest(int(mine.sum()), len(mine), math.exp(-numerator / 10)).pvalue > FALSE_ALARM
 
 
 def test_geometric_numbers_have_their_distribution() -> None:
-    observed = np.bincount(np.minimum(_geometric(COUNT, random(3)), 8), minlength=9)
+    observed = np.bincount(np.minimum(coins_in_a_row(COUNT, random(3)), 8), minlength=9)
     expected = np.array([math.exp(-k) * (1 - math.exp(-1)) for k in range(8)] + [math.exp(-8)]) * COUNT
     assert stats.chisquare(observed, expected).pvalue > FALSE_ALARM
 

@@ -3,6 +3,8 @@
 import logging
 import uuid
 
+import numpy as np
+
 from client import updates
 from client.patient_sum import patient_sum
 from client.phases import phase_asked
@@ -20,7 +22,7 @@ logger = logging.getLogger("synthward.site")
 
 
 def release_moments(at: SiteStudy, request: MomentsRequest) -> MadeSum:
-    """The sum over all training patients of one clipped vector each, with this site's share of the noise.
+    """The sum over all training patients and canaries of one clipped vector each, with this site's share of the noise.
 
     The charge is on disk before a patient is read. Nothing is kept: a release that is asked for again is another one,
     with noise and a charge of its own.
@@ -48,7 +50,8 @@ def release_moments(at: SiteStudy, request: MomentsRequest) -> MadeSum:
             at.accountant.charge_round(request.round)
         try:
             updates.note_made(at.folder, release)  # an update of an earlier round is never sent after this one
-            total = patient_sum(at.study, feature_map, at.cohort, choose_device(at.device))
+            device = choose_device(at.device)
+            total = np.sum([patient_sum(at.study, feature_map, cohort, device) for cohort in at.trained], axis=0)
             integers = noisy_integers(total, noise)
         except (FederationError, OSError) as error:  # a code of its own: others tell the server that nothing was spent
             raise ProtocolError(f"The round was charged and failed: {error}") from error

@@ -45,6 +45,7 @@ class SiteStudy:
         num_patients: training patients by contract, a public number; the expected batch is a share of it.
         device: ``auto``, ``cpu`` or ``cuda``.
         accountant: charges what is about to be released; None when the study is not private.
+        canaries: phantoms that are trained on like patients, and counted nowhere; None for none.
     """
 
     study: StudyConfig
@@ -54,6 +55,12 @@ class SiteStudy:
     num_patients: int
     device: str
     accountant: SiteAccountant | None
+    canaries: PreparedCohort | None = None
+
+    @property
+    def trained(self) -> tuple[PreparedCohort, ...]:
+        """All that a step draws from and a sum is over: the patients, then the canaries."""
+        return (self.cohort, self.canaries) if self.canaries is not None else (self.cohort,)
 
     @property
     def expected_batch_size(self) -> int:
@@ -173,13 +180,18 @@ def _train(at: SiteStudy, trainer: GanTrainer, steps: range, number: int, keep: 
 
 
 def draw(at: SiteStudy) -> RealBatch:
-    """Poisson-sample patients, then a few images of each."""
+    """Poisson-sample patients, then a few images of each. Every canary is a coin of its own, like a patient."""
     privacy = at.study.privacy
     random = secrets.SystemRandom()
     images = [np.zeros((0, *at.cohort.images.shape[1:]), np.float32)]
     labels, owners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for position, patient in enumerate(draw_patients(at.cohort.num_patients, privacy.sampling_probability)):
-        drawn, drawn_labels = at.cohort.draw(int(patient), privacy.images_per_patient, random)
+    everybody = (
+        (cohort, int(patient))
+        for cohort in at.trained
+        for patient in draw_patients(cohort.num_patients, privacy.sampling_probability)
+    )
+    for position, (cohort, patient) in enumerate(everybody):
+        drawn, drawn_labels = cohort.draw(patient, privacy.images_per_patient, random)
         images.append(drawn)
         labels.append(drawn_labels)
         owners.append(np.full(len(drawn), position, np.int64))

@@ -1,5 +1,6 @@
 """What the sums over patients in a study's ``joint`` and ``moments`` phases look like: noise and encoding."""
 
+from common.canaries import num_canaries
 from common.config import StudyConfig
 from common.errors import ConfigError
 from common.privacy.plan import PhasePlan
@@ -14,7 +15,7 @@ def noise_for(study: StudyConfig, plan: PhasePlan | None, length: int) -> Shared
         ConfigError: no noise fits the study.
     """
     contract = study.federation.contracted_patients
-    patients = sum(study.contracted_split(site)[0] for site in contract)
+    patients = sum(study.contracted_split(site)[0] + num_canaries(study, site) for site in contract)
     try:
         return shared_noise(plan, length, patients, len(contract), study.num_noisy)
     except ValueError as error:

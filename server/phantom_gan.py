@@ -7,7 +7,6 @@ beside it from the same images, so that the hospitals' first private step meets 
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
@@ -16,6 +15,7 @@ from common.config import StudyConfig, start_size
 from common.gan import losses
 from common.gan.parameters import to_vector
 from common.gan.training import GanTrainer, RealBatch
+from common.phantom.draw import draw_labels, draw_phantoms
 from server.aggregation import GanState
 
 NUM_PHANTOMS = 3000
@@ -24,7 +24,6 @@ LEARNING_RATE = 2e-3
 AVERAGE_DECAY = 0.99
 CRITIC_WIDTH = 16
 PENALTY_EVERY, PENALTY = 4, 0.05
-LESION_LABELS = ("lesion", "opacity")
 RECIPE = (1, NUM_PHANTOMS, BATCH_SIZE, LEARNING_RATE, AVERAGE_DECAY, CRITIC_WIDTH, PENALTY_EVERY, PENALTY)
 """Everything here that the result depends on. Raise the first number when the code changes it."""
 
@@ -58,29 +57,6 @@ def train_on_phantoms(study: StudyConfig, device: torch.device) -> GanState:
         progress.report(step + 1, study.gan.warm_start_steps)
     # The average is the better generator, and what the sites start from is what the report shows as "before".
     return GanState(0, average, to_vector(trainer.discriminator), average.copy())
-
-
-def draw_labels(study: StudyConfig, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Uniform labels, (count,)."""
-    return rng.integers(study.image.num_classes, size=count)
-
-
-def draw_phantoms(study: StudyConfig, labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Public phantoms of the study's anatomy and size: (count, 1, size, size) in [-1, 1].
-
-    Those whose label is called ``lesion`` (brain) or ``opacity`` (chest) show one.
-    """
-    from common.phantom import brain, chest
-
-    shows = np.array([name in LESION_LABELS for name in study.image.labels] or [False])[labels]
-    size = study.image.size
-    match study.gan.warm_start_anatomy:
-        case "brain":
-            return brain.draw_slices(rng, len(labels), size, lesion=shows, look=brain.PUBLIC_LOOK)
-        case "skull_stripped_brain":
-            return brain.draw_slices(rng, len(labels), size, lesion=shows, look=brain.PUBLIC_STRIPPED_LOOK)
-        case "chest":
-            return chest.draw_radiographs(rng, len(labels), size, opacity=shows)
 
 
 class PhantomCritic(nn.Module):

@@ -13,7 +13,7 @@ from typing import TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client import secure_round, secure_session
+from client import secure_round, secure_session, updates
 from client.accountant import SiteAccountant
 from client.enrolled import open_accountant, read_enrolled
 from client.identity import load_member
@@ -28,9 +28,11 @@ from common.config import StudyConfig
 from common.errors import INTERNAL, BadPeer, FederationError, SiteError
 from common.messages import (
     AdvertiseKeysRequest,
+    AuditRequest,
     ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     EnrolRequest,
+    FilterRequest,
     JointRequest,
     LocalUpdate,
     MaskedInputRequest,
@@ -38,6 +40,7 @@ from common.messages import (
     OpenSeedsRequest,
     OpenStepRequest,
     Refusal,
+    RegisterPlanRequest,
     Reply,
     Request,
     ShareKeysRequest,
@@ -58,6 +61,12 @@ def enrol(message: Message, context: Context) -> Message:
     return _answer(message, context, EnrolRequest, _enrol)
 
 
+@app.query("register_plan")
+def register_plan(message: Message, context: Context) -> Message:
+    """Keep the plan by which the study's images will be audited."""
+    return _answer(message, context, RegisterPlanRequest, _register_plan)
+
+
 @app.train("local_round")
 def local_round(message: Message, context: Context) -> Message:
     """Train one round and send the update as it is: only in a study and at a site that both allow it."""
@@ -74,6 +83,18 @@ def moments(message: Message, context: Context) -> Message:
 def joint_step(message: Message, context: Context) -> Message:
     """Send the noisy sum of a step's gradients as it is: only in a study and at a site that both allow it."""
     return _answer(message, context, JointRequest, _in_the_clear(_make_step))
+
+
+@app.train("audit")
+def audit(message: Message, context: Context) -> Message:
+    """Send the noisy counts of an audit as they are: only in a study and at a site that both allow it."""
+    return _answer(message, context, AuditRequest, _in_the_clear(_make))
+
+
+@app.train("filter")
+def filter_candidates(message: Message, context: Context) -> Message:
+    """Send what drops candidates as it is: only in a study and at a site that both allow it."""
+    return _answer(message, context, FilterRequest, _in_the_clear(_make))
 
 
 @app.query("advertise_keys")
@@ -142,6 +163,17 @@ def _enrol(request: EnrolRequest, study: StudyConfig, settings: SiteSettings) ->
     return enrol(settings, study, request)
 
 
+def _register_plan(request: RegisterPlanRequest, study: StudyConfig, settings: SiteSettings) -> Reply:
+    from client import audit_plan
+    from client.audit import pinned_roster
+
+    accountant = open_accountant(settings, study, read_enrolled(settings, study))
+    folder = settings.study_folder(study.digest)
+    has_trained = bool(accountant.history) if accountant else (folder / updates.FILE_NAME).exists()
+    roster = pinned_roster(settings, study)
+    return audit_plan.register(folder, study, roster, request, has_trained=has_trained)
+
+
 def _in_the_clear(
     make: Callable[[R, StudyConfig, SiteSettings], MadeUpdate | MadeSum],
 ) -> Callable[[R, StudyConfig, SiteSettings], Reply]:
@@ -166,12 +198,20 @@ def _begin_step(request: StepRequest, study: StudyConfig, settings: SiteSettings
 
 def _make(work: Work, study: StudyConfig, settings: SiteSettings) -> MadeUpdate | MadeSum:
     """This site's part of a sum."""
+    from client import audit
     from client.enrolment import open_study
     from client.moments import release_moments
     from client.training import train_round
 
-    at = open_study(settings, study)
-    return train_round(at, work) if isinstance(work, TrainRequest) else release_moments(at, work)
+    match work:
+        case TrainRequest():
+            return train_round(open_study(settings, study), work)
+        case MomentsRequest():
+            return release_moments(open_study(settings, study), work)
+        case AuditRequest():
+            return audit.count(audit.open_audit(settings, study), work)
+        case FilterRequest():
+            return audit.drop(audit.open_audit(settings, study), work)
 
 
 def _make_step(work: JointRequest, study: StudyConfig, settings: SiteSettings) -> MadeSum:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import updates
+from client import audit_charge, updates
 from client.accountant import SiteAccountant
 from client.identity import Member
 from client.phases import phase_asked
@@ -130,12 +130,17 @@ def following_keys(at: SecureSite, number: int, next_round: int) -> AdvertisedKe
 def begin_attempt(at: SecureSite, number: int, round_number: int) -> AdvertisedKeys:
     """Keys for an attempt. Raises OutOfOrder for one served before, PrivacyError when the round cannot be paid."""
     _check_budget(at, round_number)
-    return at.file.begin(number, max(at.study.federation.minimum_sites, at.member.minimum_cohort))
+    return at.file.begin(number, max(at.study.minimum_sites(round_number), at.member.minimum_cohort))
 
 
 def _check_budget(at: SecureSite, round_number: int) -> None:
     """Refuse here, where it costs nobody anything, when the round cannot be paid and no update waits to be sent."""
-    phase_asked(at.study, round_number)
     accountant = at.accountant()
+    if round_number in (at.study.audit_round, at.study.filter_round):
+        wants_counts = accountant is not None and round_number == at.study.audit_round
+        if accountant is not None and wants_counts and not audit_charge.is_paid(at.folder, accountant):
+            accountant.check_audit(round_number)
+        return
+    phase_asked(at.study, round_number)
     if accountant is not None and not updates.read(at.folder).pending:
         accountant.check_round(round_number)

@@ -24,6 +24,11 @@ Algorithm = Literal["local", "joint", "moments"]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
+MOST_CANDIDATE_PIXELS = 2**27
+AUDIT_SITES = 3
+"""An audit's sum is over at least so many sites."""
+
+
 def start_size(size: int) -> int:
     """The spatial size (4 to 7) from which the generator doubles up to ``size``. Raises ValueError for other sizes."""
     start = size
@@ -195,6 +200,22 @@ class SecureAggregationConfig(Part):
         return encoding
 
 
+class AuditConfig(Part):
+    """The audit of the synthetic images for memorised patients, fixed before training.
+
+    ``candidates`` is how many images are checked at a time. The answer costs every training patient
+    ``epsilon_training`` and every held-out one ``epsilon_held_out``, each time one of the ``verdicts`` is asked for.
+    ``decoys`` is the share of candidates that the filter drops for no reason.
+    """
+
+    candidates: int = Field(2000, ge=1000, le=100_000)
+    epsilon_training: float = Field(0.5, ge=1e-3, le=10)
+    epsilon_held_out: float = Field(2.0, ge=1e-3, le=10)
+    verdicts: int = Field(1, ge=1, le=3)
+    canaries: int = Field(128, ge=0, le=4096)
+    decoys: float = Field(0.25, gt=0, lt=1)
+
+
 class PerformanceConfig(Part):
     """What only changes speed and memory: never the result's distribution, never the guarantee."""
 
@@ -212,6 +233,7 @@ class StudyConfig(Part):
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     secure_aggregation: SecureAggregationConfig = Field(default_factory=SecureAggregationConfig)
+    audit: AuditConfig = Field(default_factory=AuditConfig)
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
 
     @model_validator(mode="after")
@@ -224,6 +246,13 @@ class StudyConfig(Part):
                 "federation.local_steps (or the steps of a local phase) must be at least "
                 "gan.discriminator_steps_per_generator_step, else the generator never makes a step"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_travel(self) -> Self:
+        most = MOST_CANDIDATE_PIXELS // self.image.size**2
+        if self.audit.candidates > most:
+            raise ValueError(f"audit.candidates must be at most {most} for images of this size: they travel as one")
         return self
 
     @model_validator(mode="after")
@@ -289,6 +318,21 @@ class StudyConfig(Part):
         return sum(phase.rounds for phase in self.phases[: phase_number + 1])
 
     @property
+    def audit_round(self) -> int:
+        """The number under which the sites are asked for the audit's counts, after all rounds of training."""
+        return self.total_rounds + 1
+
+    @property
+    def filter_round(self) -> int:
+        """The number under which the sites are asked which candidates to drop."""
+        return self.total_rounds + 2
+
+    def minimum_sites(self, round_number: int) -> int:
+        """The fewest sites that a sum may be over."""
+        training = round_number <= self.total_rounds
+        return self.federation.minimum_sites if training else max(AUDIT_SITES, self.federation.minimum_sites)
+
+    @property
     def num_noisy(self) -> int:
         """Sites that are sure to have shared the noise of a sum of ``joint`` or ``moments``: the fewest that a sum may
         be over, less those that may collude. Without secure aggregation every site makes all of it.
@@ -296,9 +340,16 @@ class StudyConfig(Part):
         In a cohort of more than ``COMPLETE`` sites, what a cheating server cannot open is a sum over fewer than a third
         of them (``common/secagg/neighbours.py``); the cohort itself is of ``minimum_sites`` at least.
         """
+        return self._num_noisy(self.federation.minimum_sites)
+
+    @property
+    def num_noisy_in_audit(self) -> int:
+        """The same for the audit's sum; at least 1."""
+        return max(1, self._num_noisy(self.minimum_sites(self.audit_round)))
+
+    def _num_noisy(self, fewest: int) -> int:
         if self.federation.aggregation == "plain":
             return 1
-        fewest = self.federation.minimum_sites
         if len(self.federation.contracted_patients) > COMPLETE:
             fewest = min(fewest, math.ceil(max(fewest, COMPLETE + 1) / 3))
         return fewest - self.privacy.colluding_sites

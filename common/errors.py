@@ -12,6 +12,7 @@ FederationError                 code, message, remedy
     OutOfOrder                  a message at a stage where it has no place: too early, twice, or replayed
     BadPeer                     a message that no honest peer sends
     TooFewSurvivors             fewer sites take part than the study needs
+  VerdictError                  the audit ended, and not with PASS                   exit status 5
 
 ``message`` says what was expected and what was found; ``remedy`` says what to change. Only ``code`` may leave a
 site: the rest can name files and patients.
@@ -111,3 +112,10 @@ class TooFewSurvivors(ProtocolError):
     """Fewer sites than the study, or the threshold of its secure sum, needs."""
 
     code = "too_few_survivors"
+
+
+class VerdictError(FederationError):
+    """An audit whose verdict forbids a release: for a command's exit status."""
+
+    code = "verdict"
+    exit_status = 5

@@ -37,9 +37,10 @@ class Enrolment:
         site: the site's name.
         holdout_commitment: SHA-256 (hex) of the key that splits training from held-out patients.
         record_is_patient: the site counts every image as a patient of its own, because it has no patient ids.
-        history: every mechanism the site has charged for this study so far. It counts steps, so it does not depend on
+        history: what the site has charged patients that are trained on for this study so far: steps, and an answer for
+            each verdict of its audit, for which those held out have paid as well. It counts, so it does not depend on
             any patient.
-        earlier: every mechanism in the site's ledger that other studies have charged, whichever patients they used.
+        earlier: what other studies have charged patients that they train on, whichever patients these were.
         budget: the most that the site's policy allows for any patient; None in a study that is not private.
         last_attempt: the newest secure sum of this study that the site has served, 0 for none.
         identity: the site's public Ed25519 key (hex); "" in a study without secure aggregation.
@@ -121,7 +122,81 @@ class JointRequest:
         return digest.hexdigest()
 
 
-Work = TrainRequest | MomentsRequest
+@dataclass(frozen=True)
+class RegisterPlanRequest:
+    """Server to site: this is how the study's images will be audited. Answered by PlanRegistered.
+
+    Args:
+        study_digest: the study.
+        plan: a signed plan, JSON (``common/audit/plan.py``).
+    """
+
+    study_digest: str
+    plan: bytes
+
+
+@dataclass(frozen=True)
+class PlanRegistered:
+    """Site to server: the site will audit by the plan of this digest and by no other."""
+
+    plan_digest: str
+
+
+@dataclass(frozen=True)
+class AuditRequest:
+    """Server to site: how near do these images come to your patients?
+
+    Args:
+        study_digest: the study.
+        round: the study's ``audit_round``.
+        plan_digest: of the plan.
+        generator: the generator that made the images, flat float32.
+        indices: (n,) int64, which of the generated images these are.
+        images: (n size size,) uint8.
+        nearest: (n,) float32, each one's similarity to its nearest fellow.
+    """
+
+    study_digest: str
+    round: int
+    plan_digest: str
+    generator: Vector
+    indices: NDArray[np.int64]
+    images: NDArray[np.uint8]
+    nearest: Vector
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of it: what the sum answers. It reads all, so once."""
+        digest = hashlib.sha256(f"{self.study_digest}/{self.round}/audit/{self.plan_digest}/".encode())
+        for array in (self.generator, self.indices, self.images, self.nearest):
+            digest.update(f"{len(array)}/".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FilterRequest:
+    """Server to site: which of the audited images are to be dropped?
+
+    Args:
+        study_digest: the study.
+        round: the study's ``filter_round``.
+        audit_digest: digest of the AuditRequest.
+        count: candidates in it.
+    """
+
+    study_digest: str
+    round: int
+    audit_digest: str
+    count: int
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the request: what the sum answers."""
+        text = f"{self.study_digest}/{self.round}/filter/{self.audit_digest}/{self.count}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+Work = TrainRequest | MomentsRequest | AuditRequest | FilterRequest
 """What the sites are asked to sum, under secure aggregation or in the clear."""
 
 
@@ -442,8 +517,11 @@ class Refusal:
 
 Request = (
     EnrolRequest
+    | RegisterPlanRequest
     | TrainRequest
     | MomentsRequest
+    | AuditRequest
+    | FilterRequest
     | JointRequest
     | AdvertiseKeysRequest
     | ShareKeysRequest
@@ -458,6 +536,7 @@ Request = (
 )
 Reply = (
     Enrolment
+    | PlanRegistered
     | LocalUpdate
     | AdvertisedKeys
     | SealedShares

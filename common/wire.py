@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from common.errors import BadPeer
 from common.messages import (
     AdvertiseKeysRequest,
+    AuditRequest,
     Confirmation,
     ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     Enrolment,
     EnrolRequest,
+    FilterRequest,
     JointRequest,
     LocalUpdate,
     MaskedInput,
@@ -31,7 +33,9 @@ from common.messages import (
     OpenedStep,
     OpenSeedsRequest,
     OpenStepRequest,
+    PlanRegistered,
     Refusal,
+    RegisterPlanRequest,
     Reply,
     Request,
     SealedSeeds,
@@ -42,17 +46,19 @@ from common.messages import (
     TrainRequest,
     UnmaskRequest,
     UnmaskShares,
-    Vector,
     Work,
 )
-from common.privacy.accounting import Budget, History, Mechanism
+from common.privacy.accounting import Budget, Entry, History, Mechanism, PureRelease
 from common.secagg.keys import AdvertisedKeys
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 _ACTIONS: dict[type, str] = {
     EnrolRequest: "query.enrol",
+    RegisterPlanRequest: "query.register_plan",
     TrainRequest: "train.local_round",
     MomentsRequest: "train.moments",
+    AuditRequest: "train.audit",
+    FilterRequest: "train.filter",
     JointRequest: "train.joint_step",
     AdvertiseKeysRequest: "query.advertise_keys",
     ShareKeysRequest: "query.share_keys",
@@ -69,6 +75,7 @@ _ACTIONS: dict[type, str] = {
 _FACTS, _VECTORS = "facts", "vectors"
 MOST_BYTES = 4096  # of a key, a signature or a sealed share
 T = TypeVar("T", str, bool, int, float)
+Vectors = Mapping[str, NDArray[Any]]
 
 
 def action(request: Request) -> str:
@@ -96,7 +103,11 @@ def pack(message: Request | Reply) -> RecordDict:
             budget = [message.budget.epsilon, message.budget.delta] if message.budget else []
             histories = _history_facts("", message.history) | _history_facts("earlier_", message.earlier)
             return _record("enrolment", facts | histories | {"budget": budget})
-        case TrainRequest() | MomentsRequest():
+        case RegisterPlanRequest():
+            return _record("register_plan", {"study_digest": message.study_digest, "plan": message.plan})
+        case PlanRegistered():
+            return _record("plan_registered", {"plan_digest": message.plan_digest})
+        case TrainRequest() | MomentsRequest() | AuditRequest() | FilterRequest():
             return _record(_kind_of_work(message), *_work_facts(message))
         case JointRequest():
             return _record("joint_request", *_joint_facts(message))
@@ -272,9 +283,10 @@ class _Facts:
         columns = (
             self.many(f"{prefix}sampling_probability", lambda value: _typed(float, value)),
             self.many(f"{prefix}noise_multiplier", lambda value: _typed(float, value)),
+            self.many(f"{prefix}epsilon", lambda value: _typed(float, value)),
             self.many(f"{prefix}steps", lambda value: _typed(int, value)),
         )
-        return tuple(Mechanism(*row) for row in zip(*columns, strict=True))
+        return tuple(_entry(*row) for row in zip(*columns, strict=True))
 
     def budget(self) -> Budget | None:
         numbers = self.many("budget", lambda value: _typed(float, value))
@@ -325,7 +337,11 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
                 facts.text("identity"),
                 facts.text("roster_digest"),
             )
-        case "train_request" | "moments_request":
+        case "register_plan":
+            return RegisterPlanRequest(facts.text("study_digest"), facts.data("plan"))
+        case "plan_registered":
+            return PlanRegistered(facts.text("plan_digest"))
+        case "train_request" | "moments_request" | "audit_request" | "filter_request":
             return _work(kind, facts)
         case "joint_request":
             return _joint_request(facts)
@@ -412,9 +428,7 @@ def _message(kind: str, facts: _Facts) -> Request | Reply:
             raise ValueError("unknown kind")
 
 
-def _record(
-    kind: str, facts: dict[str, Any], vectors: Mapping[str, Vector | NDArray[np.uint64]] | None = None
-) -> RecordDict:
+def _record(kind: str, facts: dict[str, Any], vectors: Vectors | None = None) -> RecordDict:
     record = RecordDict({_FACTS: ConfigRecord({"version": PROTOCOL_VERSION, "kind": kind, **facts})})
     if vectors is not None:
         record[_VECTORS] = ArrayRecord({name: _array(vector) for name, vector in vectors.items()})
@@ -429,18 +443,33 @@ def _array(vector: NDArray[Any]) -> Array:
     return Array(str(vector.dtype), vector.shape, SType.NUMPY, content)
 
 
+_KINDS_OF_WORK: dict[type, str] = {
+    TrainRequest: "train_request",
+    MomentsRequest: "moments_request",
+    AuditRequest: "audit_request",
+    FilterRequest: "filter_request",
+}
+
+
 def _kind_of_work(work: Work) -> str:
-    return "train_request" if isinstance(work, TrainRequest) else "moments_request"
+    return _KINDS_OF_WORK[type(work)]
 
 
-def _work_facts(work: Work) -> tuple[dict[str, Any], dict[str, Vector]]:
+def _work_facts(work: Work) -> tuple[dict[str, Any], Vectors | None]:
     facts: dict[str, Any] = {"study_digest": work.study_digest, "round": work.round}
-    if isinstance(work, MomentsRequest):
-        return facts, {"features": work.features}
-    return facts, {"generator": work.generator, "discriminator": work.discriminator}
+    match work:
+        case TrainRequest():
+            return facts, {"generator": work.generator, "discriminator": work.discriminator}
+        case MomentsRequest():
+            return facts, {"features": work.features}
+        case AuditRequest():
+            names = ("generator", "indices", "images", "nearest")
+            return facts | {"plan_digest": work.plan_digest}, {name: getattr(work, name) for name in names}
+        case FilterRequest():
+            return facts | {"audit_digest": work.audit_digest, "count": work.count}, None
 
 
-def _joint_facts(work: JointRequest) -> tuple[dict[str, Any], dict[str, Vector]]:
+def _joint_facts(work: JointRequest) -> tuple[dict[str, Any], Vectors]:
     facts: dict[str, Any] = {"study_digest": work.study_digest, "round": work.round, "step": work.step}
     return facts, {"discriminator": work.discriminator}
 
@@ -457,16 +486,44 @@ def _work(kind: str, facts: _Facts) -> Work:
             return TrainRequest(study_digest, number, facts.vector("generator"), facts.vector("discriminator"))
         case "moments_request":
             return MomentsRequest(study_digest, number, facts.vector("features"))
+        case "audit_request":
+            return AuditRequest(
+                study_digest,
+                number,
+                facts.text("plan_digest"),
+                facts.vector("generator"),
+                facts.vector("indices", np.int64),
+                facts.vector("images", np.uint8),
+                facts.vector("nearest"),
+            )
+        case "filter_request":
+            return FilterRequest(study_digest, number, facts.text("audit_digest"), facts.number("count"))
         case _:
             raise ValueError("unknown work")
 
 
 def _history_facts(prefix: str, history: History) -> dict[str, Any]:
     return {
-        f"{prefix}sampling_probability": [m.sampling_probability for m in history],
-        f"{prefix}noise_multiplier": [m.noise_multiplier for m in history],
-        f"{prefix}steps": [m.steps for m in history],
+        f"{prefix}sampling_probability": [_numbers(entry)[0] for entry in history],
+        f"{prefix}noise_multiplier": [_numbers(entry)[1] for entry in history],
+        f"{prefix}epsilon": [_numbers(entry)[2] for entry in history],
+        f"{prefix}steps": [entry.steps for entry in history],
     }
+
+
+def _numbers(entry: Entry) -> tuple[float, float, float]:
+    """Sampling, noise and epsilon: a mechanism of training has no epsilon of its own, a pure release no noise."""
+    if isinstance(entry, PureRelease):
+        return 1.0, 0.0, float(entry.epsilon)
+    return float(entry.sampling_probability), float(entry.noise_multiplier), 0.0
+
+
+def _entry(sampling_probability: float, noise_multiplier: float, epsilon: float, steps: int) -> Entry:
+    if epsilon == 0:
+        return Mechanism(sampling_probability, noise_multiplier, steps)
+    if (sampling_probability, noise_multiplier) != (1, 0):
+        raise ValueError("expected noise or an epsilon")
+    return PureRelease(epsilon, steps)
 
 
 def _step_facts(

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from common.errors import ConfigError, FederationError
 from deploy.arguments import add_debug, named_path, positive, seed
+from deploy.audit_commands import add_audit, with_run
 from deploy.site_commands import add_site_commands
 
 DEFECT, INTERRUPTED = 1, 130
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   synthward simulate --phantom 60 --sites 3 --out runs/try  train on phantoms, no data needed
   synthward simulate study.toml --site a=DIR --site b=DIR   train on the data of two sites
   synthward simulate --resume runs/try                      go on after Ctrl-C
+  synthward audit runs/try                                  check them for memorised patients
   synthward generate runs/try --count 100 --out images      draw synthetic images
   synthward site init FOLDER --name north --data SCANS      write a site's settings; then site keygen
   synthward policy init FOLDER --epsilon 8 --delta 1e-5     write its policy and ledger; then site pin
@@ -25,13 +27,13 @@ EXAMPLES = """examples:
   synthward roster make north=a.pub south=b.pub --out roster.json
 
 exit status: 0 done, 1 a defect (please report it), 2 wrong usage or configuration, 3 refused by a site,
-4 the federation failed, 130 interrupted"""
+4 the federation failed, 5 audited and not to be released, 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the command; always exits."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_run(list(sys.argv[1:] if arguments is None else arguments)))
     # Before torch is imported: threads that wait by spinning make a busy machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_simulate(commands)
     _add_generate(commands)
+    add_audit(commands)
     add_site_commands(commands)
     return parser
 

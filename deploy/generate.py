@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from common.config import StudyConfig
 from common.errors import ConfigError
+from common.gan.synthesis import Synthetic, synthesize, to_gray
 from server import checkpoints
 from server.record import RunRecord
-from server.synthesis import Synthetic, save_png, synthesize, to_gray
+from server.synthesis import save_png
 
 
 def generate(run_folder: Path, count: int, out: Path, label: str | None, image_format: str, seed: int) -> Path:

@@ -15,7 +15,8 @@ MOST_SITES_SHOWN = 12
 class ProgressBars:
     """Bars on standard error; plain lines when that is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, audits: bool = False) -> None:
+        self._audits, self._said = audits, set[str]()
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=False)
@@ -39,12 +40,22 @@ class ProgressBars:
         self._console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def server_stepped(self, done: int, total: int) -> None:
-        """Listener of the server's own training: the warm start, and after a round of moments the generator."""
+        """Listener of the server's own work: the warm start, after a round of moments the generator, candidates."""
         what = "warm start" if self._round is None else f"round {self._round_number}: generator"
+        if self._audits:
+            what = "candidates compared with each other"
         if what not in self._server:
             self.say(f"{what}: {total} steps")
             self._server[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._server[what], completed=done)
+
+    def _audit_asks(self, node: int, site: str, *, compares: bool) -> None:
+        what = "the sites compare the candidates with their patients" if compares else "the sites filter"
+        if what not in self._said:
+            self._said.add(what)
+            self.say(what)
+        if compares and len(self._sites) < MOST_SITES_SHOWN:
+            self._sites[node] = self._progress.add_task(f"  {site}", total=None)
 
     def watcher(self, study: StudyConfig, names: dict[int, str]) -> Watcher:
         """What the local grid tells about rounds and sites; ``names`` by node id."""
@@ -53,6 +64,9 @@ class ProgressBars:
         def started(node: int, group: str) -> None:
             number, step = _round_and_step(group)
             if number == 0:
+                return
+            if number > rounds:
+                self._audit_asks(node, names[node], compares=number == study.audit_round)
                 return
             if self._round is None:
                 self._round = self._progress.add_task("rounds", total=rounds)

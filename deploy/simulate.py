@@ -74,6 +74,25 @@ def resume(out: Path, device: str | None) -> None:
         _run(study, out, device, resume=True, bars=bars)
 
 
+def audit(out: Path, device: str | None) -> None:
+    """Audit what a simulation has made: the sites compare it with their patients, and a verdict is written.
+
+    Args:
+        out: the run's folder.
+        device: as for ``resume``.
+
+    Raises:
+        ConfigError: the run cannot be audited: not finished, audited already, or without a plan from before.
+        TooFewSurvivors: a site did not answer.
+    """
+    if not can_resume(out):
+        raise ConfigError(f"{out} holds no run.", "Give the folder that --out of `synthward simulate` named.")
+    study = StudyConfig.from_toml(out / STUDY_FILE)
+    device = _use_device(study, out, device)
+    with ProgressBars(audits=True) as bars:
+        _run(study, out, device, resume=True, bars=bars, audit=True)
+
+
 def can_resume(out: Path) -> bool:
     """Whether a simulation in ``out`` came as far as its training."""
     return (out / STUDY_FILE).exists()
@@ -153,7 +172,7 @@ def _prepare(settings: SiteSettings, study: StudyConfig) -> int:
             raise
 
 
-def _run(study: StudyConfig, out: Path, device: str, *, resume: bool, bars: ProgressBars) -> None:
+def _run(study: StudyConfig, out: Path, device: str, *, resume: bool, bars: ProgressBars, audit: bool = False) -> None:
     import torch
     from flwr.app import Context, RecordDict
 
@@ -166,6 +185,7 @@ def _run(study: StudyConfig, out: Path, device: str, *, resume: bool, bars: Prog
         "run.out": str(out.resolve()),
         "run.device": device,
         "run.resume": resume,
+        "run.audit": audit,
         "run.sites": "",
         "run.refused_sites": ",".join(f"{name}={code}" for name, code in refused.items()),
     }

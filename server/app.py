@@ -15,7 +15,11 @@ logger = logging.getLogger("synthward.server")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study in the run's configuration and write its report. See ``server/study_run.py``."""
+    """Run the study in the run's configuration, or audit what it has made, and write its report.
+
+    See ``server/study_run.py`` and ``server/audit.py``.
+    """
+    from server.audit import run_audit
     from server.flower_channel import FlowerChannel
     from server.report.page import write_report
     from server.study_run import run_study
@@ -31,8 +35,12 @@ def main(grid: Grid, context: Context) -> None:
     refused = dict(pair.split("=") for pair in str(config.get("run.refused_sites", "")).split(",") if pair)
     signature = _signature(str(config.get("run.study_signature", "")))
     device, resume = str(config["run.device"]), bool(config["run.resume"])
+    channel = FlowerChannel(grid)
     try:
-        run_study(study, FlowerChannel(grid), out, device, resume, refused, signature)
+        if config.get("run.audit"):
+            run_audit(study, channel, out, signature)
+        else:
+            run_study(study, channel, out, device, resume, refused, signature)
     except BaseException:
         _report_failure(out)
         raise

@@ -103,7 +103,7 @@ def _enter(study: StudyConfig, plan: PrivacyPlan | None, run: RunRecord, reply: 
         site = _new_site(study, reply)
     if not charging.is_possible(study, plan, site, reply.history):
         return False
-    charging.enrol(site, reply)
+    charging.enrol(study, site, reply)
     if site not in run.sites:
         run.sites.append(site)
     return True

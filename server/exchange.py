@@ -64,8 +64,16 @@ class Exchange:
         """
         self._last_attempt += 1
         attempt = Attempt(self._study.digest, self._last_attempt)
-        plan = replace(self._plan, attempt=attempt, round=round_number, length=length, encoding=encoding)
-        if not self._succeeded or len(self._keys) < self._study.federation.minimum_sites:
+        minimum = self._study.minimum_sites(round_number)
+        plan = replace(
+            self._plan,
+            attempt=attempt,
+            round=round_number,
+            length=length,
+            encoding=encoding,
+            minimum_sites=minimum,
+        )
+        if not self._succeeded or len(self._keys) < minimum:
             self._collect_keys(plan, refusals)
         found, self._keys, self._succeeded, self._failed = self._keys, {}, False, set()
         return plan, found
@@ -84,8 +92,8 @@ class Exchange:
         self._failed |= names
 
     def next_round(self, round_number: int) -> int:
-        """The round after this one, 0 for none."""
-        return 0 if round_number == self._study.total_rounds else round_number + 1
+        """The round of training after this one, 0 for none."""
+        return 0 if round_number >= self._study.total_rounds else round_number + 1
 
     def away(self, present: set[str], round_number: int) -> dict[str, Request]:
         """For sites that are not in the attempt, by name: that they give keys for the next one. None after the last."""

@@ -167,7 +167,7 @@ class PlainSums:
             else:
                 refusals[names[node]] = usable.code
                 logger.warning("round %d: site %s takes no part: %s", number, names[node], usable.code)
-        minimum, answered = self._study.federation.minimum_sites, tuple(sorted(updates))
+        minimum, answered = self._study.minimum_sites(number), tuple(sorted(updates))
         if len(updates) < minimum:
             failure = f"Round {number} needs updates of at least {minimum} sites, got {len(updates)}."
             return SumOutcome(None, answered, refusals, failure)

@@ -11,22 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.audit.candidates import generator_digest
 from common.config import StudyConfig
 from common.errors import INTERNAL, BudgetExhausted, ConfigError, FederationError, TooFewSurvivors
 from common.gan import losses, networks
 from common.gan.devices import choose_device
 from common.gan.parameters import load_vector
+from common.gan.synthesis import synthesize
 from common.phases import choose
 from common.privacy import accounting
 from common.privacy.accounting import History
 from common.privacy.plan import PrivacyPlan, make_plan
-from server import charging, checkpoints, record, synthesis
+from server import charging, checkpoints, record
 from server.aggregation import GanState
+from server.audit_plan import register_plan
 from server.channel import Channel
 from server.enrolment import enrol
 from server.record import RunRecord
 from server.round import RoundOutcome
 from server.rounds import Rounds, sums_over
+from server.synthesis import sample_grid, save_png
 from server.warm_start import warm_start
 
 logger = logging.getLogger("synthward.server")
@@ -65,6 +69,7 @@ def run_study(
     before = run.seconds.get("total", 0.0)
     try:
         enrolled = enrol(study, channel, run, plan, signature)
+        register_plan(study, channel, enrolled, out)
         sums = sums_over(study, channel, enrolled)
         rounds = Rounds(study, plan, sums, torch_device, out / "checkpoints")
         attempts = 0
@@ -86,6 +91,7 @@ def run_study(
                     f"{outcome.failure} ({codes or 'no refusals'})",
                     "Look into the log in the folders of the sites that are named, then resume the run.",
                 )
+        run.generator_digest = generator_digest(state.generator_average)
         run.status = "completed"
     except KeyboardInterrupt:
         run.status = "interrupted"
@@ -201,7 +207,7 @@ def _losses(study: StudyConfig, state: GanState, count: int = 64) -> dict[str, f
     discriminator = networks.build_discriminator(study).eval()
     load_vector(discriminator, state.discriminator)
     labels = np.arange(count, dtype=np.int64) % study.image.num_classes
-    fakes = synthesis.synthesize(study, state.generator, labels, study.seed + state.round)
+    fakes = synthesize(study, state.generator, labels, study.seed + state.round)
     with torch.inference_mode():
         logits = discriminator(torch.from_numpy(fakes.images), torch.from_numpy(fakes.labels))
         generator = losses.generator_loss(study.gan.loss, logits).mean()
@@ -210,5 +216,5 @@ def _losses(study: StudyConfig, state: GanState, count: int = 64) -> dict[str, f
 
 
 def _save_samples(study: StudyConfig, out: Path, run: RunRecord, state: GanState) -> None:
-    grid = synthesis.sample_grid(study, state.generator_average)
-    synthesis.save_png(out / "samples" / f"round-{state.round:04d}.png", grid, run.notice)
+    grid = sample_grid(study, state.generator_average)
+    save_png(out / "samples" / f"round-{state.round:04d}.png", grid, run.notice)

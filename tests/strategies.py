@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 from common.config import StudyConfig
 from common.messages import (
     AdvertiseKeysRequest,
+    AuditRequest,
     Confirmation,
     ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     Enrolment,
     EnrolRequest,
+    FilterRequest,
     JointRequest,
     LocalUpdate,
     MaskedInput,
@@ -24,7 +26,9 @@ from common.messages import (
     OpenedStep,
     OpenSeedsRequest,
     OpenStepRequest,
+    PlanRegistered,
     Refusal,
+    RegisterPlanRequest,
     Reply,
     Request,
     SealedSeeds,
@@ -36,7 +40,7 @@ from common.messages import (
     UnmaskRequest,
     UnmaskShares,
 )
-from common.privacy.accounting import Budget, Mechanism
+from common.privacy.accounting import Budget, Mechanism, PureRelease
 from common.secagg.encoding import MODULUS_BITS, Encoding
 from common.secagg.keys import AdvertisedKeys
 
@@ -47,7 +51,8 @@ labels = st.text(min_size=1, max_size=20).filter(lambda text: text == text.strip
 vectors = arrays.arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32, allow_nan=True))
 mechanisms = st.builds(Mechanism, st.floats(1e-6, 1), st.floats(0.05, 1e5), st.integers(1, 10**6))
 budgets = st.none() | st.builds(Budget, st.floats(1e-6, 1e6), st.floats(1e-12, 0.5))
-histories = st.lists(mechanisms, max_size=4).map(tuple)
+pure_releases = st.builds(PureRelease, st.floats(1e-3, 10), st.integers(1, 1000))
+histories = st.lists(mechanisms | pure_releases, max_size=4).map(tuple)
 
 texts = st.text(max_size=100)
 counts = st.integers(0, 2**40)
@@ -58,11 +63,18 @@ advertised = st.builds(AdvertisedKeys, texts, few_bytes, few_bytes, few_bytes)
 train_requests = st.builds(TrainRequest, texts, counts, vectors, vectors)
 moments_requests = st.builds(MomentsRequest, texts, counts, vectors)
 joint_requests = st.builds(JointRequest, texts, counts, counts, vectors)
+pixels = st.binary(max_size=40).map(lambda data: np.frombuffer(data, np.uint8))
+indices = st.lists(st.integers(0, 2**62), max_size=5).map(lambda numbers: np.array(numbers, np.int64))
+audit_requests = st.builds(AuditRequest, texts, counts, texts, vectors, indices, pixels, vectors)
+filter_requests = st.builds(FilterRequest, texts, counts, texts, counts)
 requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(EnrolRequest, texts, texts, few_bytes),
     train_requests,
     moments_requests,
     joint_requests,
+    audit_requests,
+    filter_requests,
+    st.builds(RegisterPlanRequest, texts, few_bytes),
     st.builds(AdvertiseKeysRequest, texts, counts, counts),
     st.builds(ShareKeysRequest, texts, counts, st.lists(advertised, max_size=4).map(tuple)),
     st.builds(
@@ -70,7 +82,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
         counts,
         st.lists(texts, max_size=5).map(tuple),
         named_bytes,
-        train_requests | moments_requests,
+        train_requests | moments_requests | audit_requests | filter_requests,
     ),
     st.builds(ConfirmSurvivorsRequest, texts, counts, st.lists(texts, max_size=5).map(tuple)),
     st.builds(UnmaskRequest, texts, counts, named_bytes, counts),
@@ -82,6 +94,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
 )
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Enrolment, site_names, texts, st.booleans(), histories, histories, budgets, counts, texts, texts),
+    st.builds(PlanRegistered, texts),
     st.builds(LocalUpdate, counts, vectors),
     advertised,
     st.builds(SealedShares, counts, named_bytes, named_bytes, named_bytes, few_bytes),

@@ -24,6 +24,7 @@ import torch
 from common.config import StudyConfig
 from common.errors import FederationError
 from common.gan.devices import choose_device
+from common.gan.synthesis import Synthetic, synthesize
 from common.privacy.plan import make_plan
 from deploy.bench import utility_data, utility_results
 from deploy.bench.measures import (
@@ -41,7 +42,6 @@ from deploy.bench.utility_instrument import Instrument
 from deploy.bench.utility_report import write_grid, write_report
 from deploy.bench.utility_results import Result
 from deploy.bench.utility_training import train
-from server.synthesis import Synthetic, synthesize
 from server.warm_start import warm_start
 
 NUM_COMPARED = 2000  # images of each side that distances and neighbourhoods compare, where there are as many

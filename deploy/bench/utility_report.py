@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from common.files import write_atomically
+from common.gan.synthesis import to_gray
 from deploy.bench import utility_results
 from deploy.bench.measures import Images
 from deploy.bench.utility_cells import ALGORITHMS, NOT_PRIVATE, OTHERS, TABLES, WARM_START, Cell, all_cells, recipe
 from deploy.bench.utility_results import Result
 from server.report.style import STYLE
-from server.synthesis import to_gray
 
 MARKDOWN, PAGE, GRIDS = "utility.md", "utility.html", "grids"
 MISSING = "-"

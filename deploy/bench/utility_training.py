@@ -42,6 +42,8 @@ class SitesHere:
                 return self._total(train_round(site, request) for site in self.sites.values())
             case MomentsRequest() as request:
                 return self._total(release_moments(site, request) for site in self.sites.values())
+            case other:
+                raise ValueError(f"not a sum of training: {type(other).__name__}")
 
     def session(self, wanted: WantedSession, charge: Charge, refusals: dict[str, str]) -> "SessionHere":
         """See ``server.round.Sums``."""

@@ -1,10 +1,10 @@
-"""Small SVG charts without a library: lines over rounds and stacked bars. Colours come from the page's style sheet.
+"""Small SVG charts without a library: lines, stacked bars and bars side by side. Colours come from the page's style.
 
 A chart is an ElementTree, so every text in it is escaped. Series differ by colour, dash and marker together.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
@@ -36,12 +36,29 @@ class Series:
     style: int
 
 
-def line_chart(series: Sequence[Series], *, title: str, y_label: str, target: tuple[str, float] | None = None) -> str:
+@dataclass(frozen=True)
+class Bars:
+    """One bar a place, in the style of that number. ``spreads`` is how far each may be off, up and down."""
+
+    label: str
+    heights: Sequence[float]
+    style: int
+    spreads: Sequence[float] = ()
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    y_label: str,
+    x_label: str = "round",
+    target: tuple[str, float] | None = None,
+) -> str:
     """Lines over rounds, from y = 0 on unless a value is negative; ``target`` a labelled level drawn across."""
     values = [y for one in series for _, y in one.points] + ([target[1]] if target else [])
     first = min(x for one in series for x, _ in one.points)
     last = max(x for one in series for x, _ in one.points)
-    svg, place = _axes((first, max(last, first + 1)), (min(0.0, *values), max(values)), title, y_label)
+    svg, place = _axes((first, max(last, first + 1)), (min(0.0, *values), max(values)), title, (x_label, y_label))
     if target:
         _, y = place(first, target[1])
         _across(svg, y, "target")
@@ -63,7 +80,7 @@ def stacked_bars(
     xs = [x for x, _ in bars]
     gap = (xs[1] - xs[0]) if len(xs) > 1 else 1.0
     highest = max(sum(parts) for _, parts in bars)
-    svg, place = _axes((xs[0] - gap / 2, xs[-1] + gap / 2), (0.0, highest), title, y_label)
+    svg, place = _axes((xs[0] - gap / 2, xs[-1] + gap / 2), (0.0, highest), title, ("round", y_label))
     for x, parts in bars:
         below = 0.0
         (left, _), (right, _) = place(x - 0.4 * gap, 0), place(x + 0.4 * gap, 0)
@@ -75,6 +92,42 @@ def stacked_bars(
     return _with_legend(svg, [(label, -1 - style) for style, label in enumerate(labels)])
 
 
+def side_by_side(
+    bars: Sequence[Bars], places: Sequence[str], *, title: str, labels: tuple[str, str], narrow: bool = False
+) -> str:
+    """Bars beside each other at every place, with lines as far as each may be off.
+
+    Args:
+        bars: as many heights each as there are places; a height can be below 0.
+        places: what stands below each; "" for nothing.
+        title: for those who hear the page.
+        labels: of the horizontal and of the vertical axis.
+        narrow: leave the places of a histogram no gap.
+    """
+    ends = [end for one in bars for height, spread in _spread(one) for end in (height - spread, height + spread)]
+    names = {float(number): name for number, name in enumerate(places) if name}
+    svg, place = _axes((-0.5, len(places) - 0.5), (min(0.0, *ends), max(0.0, *ends)), title, labels, names)
+    room = 0.98 if narrow else 0.8
+    _, floor = place(0, 0.0)
+    for index, one in enumerate(bars):
+        for number, (height, spread) in enumerate(_spread(one)):
+            left = number - room / 2 + index * room / len(bars)
+            (x, top), (right, _) = place(left, height), place(left + room / len(bars), height)
+            box = {"x": x, "y": min(top, floor), "width": max(0.0, right - x - 0.5), "height": abs(floor - top)}
+            SubElement(svg, "rect", {"class": f"bar s{one.style}", **{key: f"{v:.1f}" for key, v in box.items()}})
+            if spread:
+                middle = f"{(x + right) / 2:.1f}"
+                low, high = (place(left, end)[1] for end in (height - spread, height + spread))
+                line = {"x1": middle, "x2": middle, "y1": f"{low}", "y2": f"{high}"}
+                SubElement(svg, "line", {"class": "spread", **line})
+    _across(svg, floor, "floor")
+    return _with_legend(svg, [(one.label, -1 - one.style) for one in bars if one.label])
+
+
+def _spread(bars: Bars) -> list[tuple[float, float]]:
+    return list(zip(bars.heights, bars.spreads or [0.0] * len(bars.heights), strict=True))
+
+
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
     """At most ``most`` + 1 round numbers that span [low, high]: 1, 2 or 5 times a power of ten apart."""
     span = (high - low) or 1.0
@@ -84,8 +137,10 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _axes(x_range: Range, y_range: Range, title: str, y_label: str) -> tuple[Element, Place]:
-    """An empty chart with its axes, and where data lie in it."""
+def _axes(
+    x_range: Range, y_range: Range, title: str, labels: tuple[str, str], names: Mapping[float, str] | None = None
+) -> tuple[Element, Place]:
+    """An empty chart with its axes, and where data lie in it; whole numbers below it, or ``names`` at places."""
     (x_low, x_high), (y_low, y_high) = x_range, y_range
     y_high = y_low + 1.12 * ((y_high - y_low) or 1.0)
 
@@ -98,10 +153,10 @@ def _axes(x_range: Range, y_range: Range, title: str, y_label: str) -> tuple[Ele
         _, y = place(x_low, value)
         _across(svg, y, "grid")
         _text(svg, LEFT - 6, y + 4, f"{value:g}", "tick", "end")
-    for value in ticks(x_low, x_high, 8, whole=True):
-        _text(svg, place(value, y_low)[0], HEIGHT - BOTTOM + 17, f"{value:g}", "tick", "middle")
-    _text(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "round", "tick", "middle")
-    _text(svg, 4, 13, y_label, "tick", "start")
+    for value, name in (names or {each: f"{each:g}" for each in ticks(x_low, x_high, 8, whole=True)}).items():
+        _text(svg, place(value, y_low)[0], HEIGHT - BOTTOM + 17, name, "tick", "middle")
+    _text(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, labels[0], "tick", "middle")
+    _text(svg, 4, 13, labels[1], "tick", "start")
     return svg, place
 
 

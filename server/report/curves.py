@@ -1,11 +1,11 @@
 """What each site had spent after each round, for the chart: epsilon computed anew from the mechanisms' history."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.privacy import accounting
-from common.privacy.accounting import History, Mechanism
+from common.privacy.accounting import Entry, History, Mechanism
 from common.privacy.plan import same_kind
 from server import record
 from server.record import RunRecord, SiteRecord
@@ -65,11 +65,11 @@ def spread(length: int, count: int) -> list[int]:
 
 def prefix(history: History, steps: int) -> History:
     """The mechanisms that the first ``steps`` steps of a history used."""
-    taken: list[Mechanism] = []
+    taken: list[Entry] = []
     for mechanism in history:
         if steps > 0:
             used = min(steps, mechanism.steps)
-            taken.append(Mechanism(mechanism.sampling_probability, mechanism.noise_multiplier, used))
+            taken.append(replace(mechanism, steps=used))
             steps -= used
     return tuple(taken)
 
@@ -89,7 +89,7 @@ def _histories(
     return found
 
 
-def _is_later(run: RunRecord, mechanism: Mechanism, phase: int) -> bool:
+def _is_later(run: RunRecord, mechanism: Entry, phase: int) -> bool:
     """Whether only phases after this one have the mechanism."""
     planned = [
         Mechanism(each.sampling_probability, each.noise_multiplier, each.rounds * each.steps)

@@ -5,8 +5,6 @@ policy refuses everything else. It shows only what the coordinator knows, and, a
 sites' counts of refused data.
 """
 
-import base64
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +20,9 @@ from common.files import write_atomically
 from server import record
 from server.record import RunRecord, SiteRecord
 from server.report import charts, template, words
+from server.report.audit import audit_of
 from server.report.curves import Curve, epsilon_curves, phase_of, spread
-from server.report.style import STYLE
+from server.report.render import data_uri, render
 
 REPORT_FILE = "report.html"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -54,7 +53,8 @@ def write_report(run: Path) -> Path:
     study = _study(facts)
     metrics = record.read_metrics(run)
     curves = epsilon_curves(facts, metrics) if facts.private else []
-    page = _render(
+    page = render(
+        template.PAGE,
         run=facts,
         study=study,
         num_rounds=len(metrics),
@@ -71,31 +71,13 @@ def write_report(run: Path) -> Path:
         grids=_grids(run, facts, curves),
         strip=_strip(run, facts),
         **_timings(facts, metrics),
+        audit=audit_of(run, facts),
         checks=_data_checks(run),
         toml=words.toml(facts.study),
     )
     path = run / REPORT_FILE
     write_atomically(path, page.encode())
     return path
-
-
-def _render(**values: Any) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "algorithm_words": words.algorithm_words,
-        "code_words": words.code_words,
-        "count": words.count_text,
-        "epsilon": words.epsilon_text,
-        "fact": words.fact_text,
-        "fact_words": words.fact_words,
-        "number": words.number,
-        "rounds": words.rounds_text,
-        "seconds": words.seconds_text,
-    }
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return environment.from_string(template.PAGE).render(style=STYLE, style_digest=digest, **values)
 
 
 def _study(run: RunRecord) -> StudyConfig:
@@ -122,6 +104,7 @@ def _privacy(run: RunRecord, study: StudyConfig, curves: Sequence[Curve]) -> dic
         "sum_epsilon": every[0],
         "sum_delta": every[1],
         "budgets": [site for site in run.sites if site.budget is not None],
+        "audited": [site for site in private if site.audits is not None and site.audits.verdicts],
         "factor": words.factor_text(study.privacy.epsilon),
         "curves": [(", ".join(curve.sites), curve.points) for curve in curves],
         "epsilon_chart": _epsilon_chart(curves, study) if curves else "",
@@ -233,7 +216,7 @@ class Grid:
 def _grids(run: Path, facts: RunRecord, curves: Sequence[Curve]) -> list[Grid]:
     """The grid before any patient, then the last one of each phase that has one."""
     rounds = _sample_files(run)
-    grids = [Grid(_data_uri(rounds[0]), "Before (round 0)", _start_words(facts))] if 0 in rounds else []
+    grids = [Grid(data_uri(rounds[0]), "Before (round 0)", _start_words(facts))] if 0 in rounds else []
     for phase in _phases(facts):
         numbers = [number for number in rounds if phase.first <= number <= phase.last]
         if not numbers:
@@ -244,7 +227,7 @@ def _grids(run: Path, facts: RunRecord, curves: Sequence[Curve]) -> list[Grid]:
         caption = words.algorithm_words(phase.algorithm)
         if number < phase.last:
             caption += f"; {words.count_text(phase.last - number, 'round')} of this phase missing"
-        grids.append(Grid(_data_uri(rounds[number]), f"{name} (round {number})", caption, max(spent, default=None)))
+        grids.append(Grid(data_uri(rounds[number]), f"{name} (round {number})", caption, max(spent, default=None)))
     return grids
 
 
@@ -257,7 +240,7 @@ def _strip(run: Path, facts: RunRecord) -> list[tuple[str, str]]:
     titles = {number: f"round {number}" for number in chosen}
     if len(facts.phases) > 1:
         titles = {number: f"round {number}, {facts.phases[phase_of(facts, number)].algorithm}" for number in chosen}
-    return [(title, _data_uri(rounds[number])) for number, title in titles.items()]
+    return [(title, data_uri(rounds[number])) for number, title in titles.items()]
 
 
 def _start_words(run: RunRecord) -> str:
@@ -278,10 +261,6 @@ def _sample_files(run: Path) -> dict[int, bytes]:
         if number.isdigit() and content.startswith(PNG_SIGNATURE):
             files[int(number)] = content
     return dict(sorted(files.items()))
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _data_checks(run: Path) -> list[tuple[str, DataCheck | None]]:

@@ -22,6 +22,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 2px 0 6px; overflow-wrap: anyw
 h2 { font-size: 1.28rem; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 0 0 8px; }
 h3.next { margin-top: 26px; }
+.figures { margin-top: 30px; }
 sup { line-height: 0; }
 p { margin: 8px 0; max-width: 78ch; }
 .kicker, .soft, figcaption, caption { color: var(--soft); }
@@ -40,8 +41,12 @@ pre { background: var(--panel); padding: 14px; border-radius: 8px; white-space: 
 .banner.bad { background: #b3121d; color: #ffffff; border-color: #5e060c; }
 .banner.bad strong { font-size: 1.7rem; letter-spacing: .05em; }
 .banner.warn { background: #ffc33d; color: #241a00; border-color: #a76c00; }
+.banner.good { background: #0b6b3a; color: #ffffff; border-color: #043a1e; }
+.banner.good strong, .banner.warn strong.outcome { font-size: 1.7rem; letter-spacing: .05em; }
+.banner ul { margin: 6px 0 0; padding-left: 1.2em; }
+.banner li { max-width: 90ch; margin: 3px 0; }
 .banner.error { background: var(--bad-back); color: var(--bad); border-color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 20px 0 0;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 12px; margin: 20px 0 0;
     padding: 0; }
 .card { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .card dt { color: var(--soft); font-size: .875rem; }
@@ -85,6 +90,13 @@ figure { margin: 0; }
 .line.s4, .mark.s4 { stroke: var(--s4); } .mark.s4 { fill: none; }
 .line.s5, .mark.s5 { stroke: var(--s5); } .mark.s5 { fill: var(--back); }
 .line.s6 { stroke: var(--s6); stroke-width: 1; }
+.spread { stroke: var(--text); stroke-width: 1.5; }
+.floor { stroke: var(--soft); stroke-width: 1; }
+.pair { margin: 18px 0 0; }
+.pair h3 { margin: 0 0 4px; }
+.pair p { margin: 4px 0; }
+.pair .grids { grid-template-columns: repeat(4, minmax(0, 160px)); gap: 10px; margin: 10px 0; }
+.pair .grids figcaption { margin: 3px 0 0; }
 details { margin: 8px 0; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; }
 summary:focus-visible, .scroll:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
@@ -111,10 +123,28 @@ td code { overflow-wrap: normal; }
   body { font-size: 10.5pt; }
   main { max-width: none; padding: 0; }
   h2 { margin-top: 22px; break-after: avoid; }
-  tr, figure, .banner, .card, .panel { break-inside: avoid; }
+  tr, figure, .banner, .card, .panel, .pair { break-inside: avoid; }
   .banner { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .scroll { overflow: visible; }
   .two:has(figure), .grids { grid-template-columns: 1fr 1fr; gap: 14px 20px; }
+  .audit { break-before: page; font-size: 8.5pt; line-height: 1.32; }
+  .audit h2 { margin-top: 0; border: 0; padding: 0; }
+  .audit p, .audit li, .audit .banner p { margin: 3px 0; max-width: none; }
+  .audit .banner { padding: 8px 12px; margin: 8px 0; }
+  .audit h3 { font-size: 9.5pt; margin: 0 0 4px; }
+  .audit .banner strong { font-size: 15pt; }
+  .audit table, .audit .soft { font-size: 8pt; }
+  .audit thead th, .audit figcaption, .audit .legend { font-size: 7pt; margin: 2px 0; }
+  .audit .key { width: 20px; }
+  .audit summary { font-size: 8pt; }
+  .audit .facts tbody th { width: 24%; }
+  .audit th, .audit td { padding: 2px 8px 2px 0; }
+  .audit .panel { padding: 8px 12px; }
+  .audit ul.plain li { margin: 2px 0; }
+  .audit .two { grid-template-columns: 1.35fr 1fr; gap: 10px 18px; }
+  .audit .two.figures { grid-template-columns: 1fr 1fr 1fr; margin-top: 10px; }
+  .audit .figures > div { grid-column: 1 / -1; }
+  .audit .figures details { display: none; }
   details::details-content { content-visibility: visible; height: auto; }
 }
 """

@@ -1,17 +1,17 @@
 """The page, as a Jinja template. It is Python text and not a file beside it: Flower's bundle carries no templates."""
 
-_HEAD = """
+from server.report.audit_template import AUDIT
+from server.report.render import HEAD
+
+_HEAD = (
+    """
 <!doctype html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'sha256-{{ style_digest }}';
-  base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
+"""
+    + HEAD
+    + """
 <title>{{ study.name }}: run report</title>
-<style>{{ style | safe }}</style>
 </head>
 <body>
 <main>
@@ -67,12 +67,17 @@ protected less than the figures below say.</p></div>
 <div class="card"><dt>Sites</dt><dd class="big">{{ run.sites | length }}</dd>
 <dd>{% if refused_sites %}and {{ refused_sites | length }} that took no part{% else %}all that were asked{% endif
 %}</dd></div>
+<div class="card"><dt>Audit of the images</dt>
+{% if audit.outcome %}<dd class="big{{ " over" if audit.outcome != "PASS" }}">{{ audit.outcome }}</dd>
+<dd>{{ "up to the limits below" if audit.outcome == "PASS" else "must not be released" }}</dd>
+{% else %}<dd class="big">none</dd><dd>must not be released</dd>{% endif %}</div>
 <div class="card"><dt>Time</dt>
 <dd class="big">{{ total_seconds | seconds if total_seconds is not none else "not recorded" }}</dd><dd>on {{
 run.device }}</dd></div>
 </dl>
 </header>
 """
+)
 
 _GUARANTEE = """
 <section aria-labelledby="guarantee"><h2 id="guarantee">What is guaranteed</h2>
@@ -207,8 +212,8 @@ _SITES = """
 <h3 class="next">The sites' budgets</h3>
 <div class="scroll" tabindex="0" role="region" aria-label="Budgets">
 <table class="wide"><caption>Each site's policy holds a budget for each of its patients, over all studies together, and
-its ledger what was spent. Other studies count in full here, on whichever of the site's patients. All ε at the budget's
-δ.</caption>
+its ledger what was spent. Other studies count in full here, on whichever of the site's patients. The figures are of
+patients that are trained on, the audit included. All ε at the budget's δ.</caption>
 <thead><tr><th scope="col">Site</th><th scope="col" class="n">ε spent before,<br>in other studies</th>
 <th scope="col" class="n">ε of<br>this study</th><th scope="col" class="n">ε after,<br>all together</th>
 <th scope="col" class="n">Budget ε</th><th scope="col" class="n">at δ</th></tr></thead><tbody>
@@ -218,6 +223,25 @@ its ledger what was spent. Other studies count in full here, on whichever of the
 <td class="n"><b{% if site.budget.spent_after > site.budget.epsilon %} class="over"{% endif %}>
 {{- site.budget.spent_after | epsilon }}</b></td><td class="n">{{ site.budget.epsilon | number }}</td>
 <td class="n">{{ site.budget.delta | number }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+{% if audited %}
+<h3 class="next">What the audit cost</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="Cost of the audit">
+<table class="wide"><caption>The audit of the synthetic images reads patients too, and its answer has a cost beside the
+training's. Patients that were trained on paid for both; patients held out paid for the audit alone. ε of a verdict
+needs no δ; the others are at the study's.</caption>
+<thead><tr><th scope="col">Site</th><th scope="col" class="n">Verdicts</th>
+<th scope="col" class="n">ε of a verdict,<br>trained on</th><th scope="col" class="n">ε of training<br>and audit</th>
+<th scope="col" class="n">ε of a verdict,<br>held out</th>
+<th scope="col" class="n">ε of all verdicts,<br>held out</th></tr></thead><tbody>
+{% for site in audited %}
+<tr><th scope="row">{{ site.name }}</th><td class="n">{{ site.audits.verdicts }}</td>
+<td class="n">{{ site.audits.epsilon_training | number }}</td>
+<td class="n">{{ site.audits.spent_training | epsilon }}</td>
+<td class="n">{{ site.audits.epsilon_held_out | number }}</td>
+<td class="n">{{ site.audits.spent_held_out | epsilon }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
@@ -421,4 +445,4 @@ _ABOUT = """
 </html>
 """
 
-PAGE = (_HEAD + _GUARANTEE + _COMBINED + _SITES + _ROUNDS + _SAMPLES + _DATA + _TIMINGS + _ABOUT).lstrip()
+PAGE = (_HEAD + _GUARANTEE + AUDIT + _COMBINED + _SITES + _ROUNDS + _SAMPLES + _DATA + _TIMINGS + _ABOUT).lstrip()

@@ -22,6 +22,7 @@ CODES = {
     "malformed": "an answer that does not fit the study",
     "enrolment_changed": "another split or privacy unit than when the run began, or a spending that cannot be true",
     "other_roster": "the site has pinned another list of members (roster) than the other sites",
+    "verdict": "the synthetic images were audited, and must not be released",
     "internal": "unexpected error; the reason is in the site's own log",
     "no_patient_id": "no patient id, so it cannot be counted to a patient",
     "patient_mismatch": "file and table name different patients",
@@ -90,6 +91,16 @@ def number(value: float) -> str:
     """Up to four significant digits, ``1e-5`` and not ``1e-05``."""
     mantissa, e, exponent = f"{value:.4g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
+def probability_text(value: float) -> str:
+    """Two significant digits, ``below 0.0001`` where more noughts would only be counted."""
+    return "below 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def whole_text(value: float) -> str:
+    """``12,345``: rounded up, for bounds and counts of people."""
+    return f"{math.ceil(value - 1e-9):,}"
 
 
 def seconds_text(seconds: float) -> str:

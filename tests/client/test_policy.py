@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from client.decision import Rule, decide, refuse_unless_allowed, rest_of
+from client.decision import Rule, Spent, decide, refuse_unless_allowed, rest_of, whole_cost
 from client.policy import FILE_NAME, DataPolicy, Policy, set_roster_digest
 from client.settings import SiteSettings
 from common.config import StudyConfig
 from common.errors import ConfigError, OverBudget, PolicyError
-from common.privacy.accounting import Budget, History, Mechanism, epsilon
+from common.privacy.accounting import Budget, History, Mechanism, PureRelease, epsilon
 from common.privacy.plan import make_plan
 from common.study_signature import sign
 
@@ -58,7 +58,8 @@ def policy_of(**changes: Any) -> Policy:
 
 
 def data_of(**changes: Any) -> DataPolicy:
-    return DataPolicy(**({"folder": SCANS, "epsilon": 2.0, "delta": 1e-4} | changes))
+    """Training for 2.0 and one verdict of 0.5 are 2.397 together, with other phases up to 2.46."""
+    return DataPolicy(**({"folder": SCANS, "epsilon": 2.46, "delta": 1e-4} | changes))
 
 
 def refused(
@@ -68,17 +69,20 @@ def refused(
     settings: SiteSettings = SETTINGS,
     signature: bytes = b"",
     histories: Sequence[History] | None = ((),),
+    held_out: Sequence[History] = ((),),
     spent_here: History = (),
 ) -> list[str]:
     """Names of the rules that refuse. Every answer lists all rules, each with a sentence."""
-    rules = decide(policy, settings, study, signature, histories, spent_here=spent_here)
+    spent = None if histories is None else Spent(tuple(histories), tuple(held_out), spent_here)
+    rules = decide(policy, settings, study, signature, spent)
     assert [rule.name for rule in rules] == RULES
     assert all(rule.why.endswith(".") for rule in rules)
     return [rule.name for rule in rules if not rule.allowed]
 
 
 def rule_of(name: str, policy: Policy, study: StudyConfig = STUDY, histories: Sequence[History] = ((),)) -> Rule:
-    return next(rule for rule in decide(policy, SETTINGS, study, b"", histories) if rule.name == name)
+    rules = decide(policy, SETTINGS, study, b"", Spent(tuple(histories)))
+    return next(rule for rule in rules if rule.name == name)
 
 
 # ---------------------------------------------------------------- each rule
@@ -86,7 +90,7 @@ def rule_of(name: str, policy: Policy, study: StudyConfig = STUDY, histories: Se
 
 def test_a_policy_that_allows_a_study_with_nothing_to_spare() -> None:
     assert refused(policy_of()) == []
-    refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", ((),)))
+    refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", Spent()))
 
 
 def test_a_policy_that_lists_nothing_allows_nothing() -> None:
@@ -124,7 +128,7 @@ def test_a_folder_that_is_listed_twice_has_no_budget() -> None:
 
 def test_budget_of_a_folder() -> None:
     policy = policy_of(data=(data_of(folder="/srv/other", epsilon=7.0), data_of()))
-    assert policy.budget_of(SCANS) == Budget(2.0, 1e-4)
+    assert policy.budget_of(SCANS) == Budget(2.46, 1e-4)
     assert policy.budget_of(Path("/srv/other")) == Budget(7.0, 1e-4)
     with pytest.raises(PolicyError, match="nowhere"):
         policy.budget_of(Path("/srv"))
@@ -287,8 +291,8 @@ def test_how_often_patients_are_drawn_is_not_asked_of_moments_alone() -> None:
 def test_the_budget_is_for_all_phases_together() -> None:
     study = phases_of("moments", "local")
     both = {"algorithms": ("local", "moments")}
-    assert refused(allowing(study, **both, data=(data_of(epsilon=2.0),)), study) == []
-    assert refused(allowing(study, **both, data=(data_of(epsilon=1.95),)), study) == ["budget"]
+    assert refused(allowing(study, **both, data=(data_of(epsilon=2.41),)), study) == []
+    assert refused(allowing(study, **both, data=(data_of(epsilon=2.4),)), study) == ["budget"]
 
 
 def test_what_is_left_of_the_phases_is_what_a_study_still_costs() -> None:
@@ -296,10 +300,12 @@ def test_what_is_left_of_the_phases_is_what_a_study_still_costs() -> None:
     plan = make_plan(study)
     assert plan is not None
     release, training = plan.history
-    assert rest_of(study, ()) == (release, training)
-    assert rest_of(study, (release,)) == (training,)
-    assert rest_of(study, (release, replace(training, steps=2))) == (replace(training, steps=1),)
-    assert rest_of(study, (release, training)) == ()
+    verdict, held_out = PureRelease(0.5), (PureRelease(2.0),)
+    assert rest_of(study, ()) == ((release, training, verdict), held_out)
+    assert rest_of(study, (release,)) == ((training, verdict), held_out)
+    assert rest_of(study, (release, replace(training, steps=2))) == ((replace(training, steps=1), verdict), held_out)
+    assert rest_of(study, (release, training)) == ((verdict,), held_out)
+    assert rest_of(study, (release, training, verdict)) == ((), ())
     both = allowing(study, algorithms=("local", "moments"))
     for spent in ((release,), (release, replace(training, steps=1)), plan.history):
         assert refused(both, study, histories=(spent,), spent_here=spent) == []
@@ -321,8 +327,8 @@ EARLIER = (Mechanism(0.1, 3.0, 20),)
 
 
 def test_a_study_of_exactly_the_budget_fits_and_a_larger_one_does_not() -> None:
-    assert refused(policy_of(data=(data_of(epsilon=2.0),))) == []
-    assert refused(policy_of(data=(data_of(epsilon=1.98),))) == ["budget"]
+    assert refused(policy_of(data=(data_of(epsilon=2.4),))) == []
+    assert refused(policy_of(data=(data_of(epsilon=2.39),))) == ["budget"]
     assert refused(policy_of(data=(data_of(delta=1e-5),))) == ["budget"]  # more epsilon at a smaller delta
 
 
@@ -358,21 +364,93 @@ def test_the_budget_is_not_asked_where_no_history_is_given_and_all_else_is() -> 
     assert refused(policy_of(data=()), histories=None) == ["data", "delta", "budget"]
 
 
-def test_the_budget_says_what_is_spent_and_what_it_would_be() -> None:
-    spent = (steps_of(STUDY, 3),)
-    for budget, histories in ((2.0, ((),)), (0.5, (spent,))):
-        why = rule_of("budget", policy_of(data=(data_of(epsilon=budget),)), histories=histories).why
+@pytest.mark.parametrize("audited", [True, False])
+def test_the_budget_says_what_is_spent_and_what_it_would_be(audited: bool) -> None:
+    study = STUDY if audited else small(STUDY)
+    spent, verdict = (steps_of(study, 3),), (PureRelease(0.5),) * audited
+    for budget, histories in ((2.46, ((),)), (0.5, (spent,))):
+        why = rule_of("budget", policy_of(data=(data_of(epsilon=budget),)), study, histories).why
+        then = (
+            r" and its audit it would be (.*), or 2 for patients that are held out\."
+            if audited
+            else r" it would be (.*)\."
+        )
         found = re.fullmatch(
             rf"The policy allows epsilon {budget:g} at delta 0.0001 for any patient; (.*) is spent, "
-            r"and with the rest of the study it would be (.*)\.",
+            rf"and with the rest of the study{then}",
             why,
         )
         assert found, why
         before = max(epsilon(history, 1e-4) for history in histories)
-        after = max(epsilon((*history, steps_of(STUDY, 6)), 1e-4) for history in histories)
+        after = max(epsilon((*history, steps_of(study, 6), *verdict), 1e-4) for history in histories)
         # Four digits, never below the figure.
         assert before <= float(found[1]) <= before * 1.001
         assert after <= float(found[2]) <= after * 1.001
+
+
+# ---------------------------------------------------------------- the audit
+
+
+def small(study: StudyConfig) -> StudyConfig:
+    """The study with two sites: too few for an audit's sum."""
+    return study.with_changes("federation", contracted_patients={"north": 100, "south": 50})
+
+
+def audited(**changes: Any) -> StudyConfig:
+    return STUDY.with_changes("audit", **changes)
+
+
+def budget_of(epsilon: float, **changes: Any) -> Policy:
+    return policy_of(study_digests=(changes.pop("study", STUDY).digest,), data=(data_of(epsilon=epsilon, **changes),))
+
+
+def test_a_study_of_two_sites_plans_no_verdict() -> None:
+    study = small(STUDY)
+    assert rest_of(study, ()) == ((steps_of(study, 6),), ())
+    policy = budget_of(2.0, study=study).model_copy(update={"minimum_cohort": 2})
+    assert refused(policy, study) == []
+    assert whole_cost(study) == 2.0
+
+
+def test_what_is_left_of_the_verdicts_is_still_to_be_paid_by_both_sides() -> None:
+    study = audited(verdicts=3, epsilon_training=0.25, epsilon_held_out=1.0)
+    steps = steps_of(study, 6)
+    assert rest_of(study, ()) == ((steps, PureRelease(0.25, 3)), (PureRelease(1.0, 3),))
+    assert rest_of(study, (steps, PureRelease(0.25, 1))) == ((PureRelease(0.25, 2),), (PureRelease(1.0, 2),))
+    assert rest_of(study, (steps, PureRelease(0.25, 3))) == ((), ())
+
+
+def test_all_planned_verdicts_must_fit_beside_the_training() -> None:
+    for verdicts in (1, 2, 3):
+        study = audited(verdicts=verdicts, epsilon_held_out=0.1)
+        whole = epsilon((steps_of(study, 6), PureRelease(0.5, verdicts)), 1e-4)
+        assert refused(budget_of(whole, study=study), study) == []
+        assert refused(budget_of(whole - 0.001, study=study), study) == ["budget"]
+
+
+def test_patients_held_out_pay_for_the_verdicts_and_for_nothing_else() -> None:
+    study = audited(verdicts=2, epsilon_held_out=4.0)  # 8.0, where training and its verdicts are 2.8
+    assert refused(budget_of(8.0, study=study), study) == []
+    assert refused(budget_of(7.99, study=study), study) == ["budget"]
+    earlier = (PureRelease(0.5),)
+    assert refused(budget_of(8.0, study=study), study, held_out=((), earlier)) == ["budget"]
+    assert refused(budget_of(8.5, study=study), study, held_out=((), earlier)) == []
+    spent = (PureRelease(0.5),)  # one of the study's own two verdicts
+    assert refused(budget_of(8.0, study=study), study, held_out=((PureRelease(4.0),),), spent_here=spent) == []
+
+
+@pytest.mark.parametrize(("verdicts", "held_out"), [(1, 0.1), (1, 2.0), (3, 0.1), (3, 2.0)])
+def test_the_whole_cost_is_the_smallest_budget_of_four_digits(verdicts: int, held_out: float) -> None:
+    study = audited(verdicts=verdicts, epsilon_held_out=held_out)
+    whole = whole_cost(study)
+    assert refused(budget_of(whole, study=study), study) == []
+    assert refused(budget_of(whole - 0.001, study=study), study) == ["budget"]
+
+
+def test_a_study_without_privacy_pays_for_no_verdict() -> None:
+    study = STUDY.with_changes("privacy", enabled=False)
+    assert rest_of(study, ()) == ((), ())
+    assert whole_cost(study) == 2.0
 
 
 # ---------------------------------------------------------------- check
@@ -380,7 +458,7 @@ def test_the_budget_says_what_is_spent_and_what_it_would_be() -> None:
 
 def test_check_names_every_rule_that_refuses() -> None:
     with pytest.raises(PolicyError) as caught:
-        refuse_unless_allowed(decide(policy_of(study_digests=(), minimum_cohort=5), SETTINGS, STUDY, b"", ((),)))
+        refuse_unless_allowed(decide(policy_of(study_digests=(), minimum_cohort=5), SETTINGS, STUDY, b"", Spent()))
     assert "(study)" in caught.value.message and "(cohort)" in caught.value.message
     assert "(roster)" not in caught.value.message
     assert caught.value.exit_status == 3
@@ -388,16 +466,16 @@ def test_check_names_every_rule_that_refuses() -> None:
 
 def test_over_budget_is_said_only_when_nothing_else_refuses() -> None:
     with pytest.raises(OverBudget, match=r"\(budget\)"):
-        refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", (EARLIER,)))
+        refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", Spent((EARLIER,))))
     with pytest.raises(PolicyError, match=r"\(study\).*\(budget\)"):
-        refuse_unless_allowed(decide(policy_of(study_digests=()), SETTINGS, STUDY, b"", (EARLIER,)))
+        refuse_unless_allowed(decide(policy_of(study_digests=()), SETTINGS, STUDY, b"", Spent((EARLIER,))))
 
 
 def test_check_pays_no_step_twice_either() -> None:
     spent = (steps_of(STUDY, 3),)
-    refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", (spent,), spent_here=spent))
+    refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", Spent((spent,), here=spent)))
     with pytest.raises(OverBudget):
-        refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", (spent,)))
+        refuse_unless_allowed(decide(policy_of(), SETTINGS, STUDY, b"", Spent((spent,))))
 
 
 # ---------------------------------------------------------------- the file
@@ -482,8 +560,8 @@ def test_a_file_without_data_blocks_lists_no_data(site: Path) -> None:
 
 def test_whole_numbers_are_epsilons_too(site: Path) -> None:
     text = (site / FILE_NAME).read_text()
-    (site / FILE_NAME).write_text(text.replace("epsilon = 2.0", "epsilon = 2"))
-    assert Policy.load(site) == policy_of()
+    (site / FILE_NAME).write_text(text.replace("epsilon = 2.46", "epsilon = 2"))
+    assert Policy.load(site) == policy_of(data=(data_of(epsilon=2.0),))
 
 
 def test_without_a_file_nothing_is_allowed(tmp_path: Path) -> None:
@@ -595,11 +673,11 @@ def test_an_empty_file_is_no_policy(site: Path) -> None:
         ("largest_sampling_probability = 0.25", "largest_sampling_probability = 0", "largest_sampling_probability"),
         ("largest_sampling_probability = 0.25", "largest_sampling_probability = 1.1", "largest_sampling_probability"),
         ("minimum_patients = 100", "minimum_patients = 0", "minimum_patients"),
-        ("epsilon = 2.0", "epsilon = 0", r"data \(number 1\) epsilon"),
-        ("epsilon = 2.0", "epsilon = inf", "epsilon"),
-        ("epsilon = 2.0", "epsilon = nan", "epsilon"),
-        ("epsilon = 2.0", 'epsilon = "2.0"', "epsilon"),
-        ("epsilon = 2.0", "", r"data \(number 1\) epsilon: the key is missing"),
+        ("epsilon = 2.46", "epsilon = 0", r"data \(number 1\) epsilon"),
+        ("epsilon = 2.46", "epsilon = inf", "epsilon"),
+        ("epsilon = 2.46", "epsilon = nan", "epsilon"),
+        ("epsilon = 2.46", 'epsilon = "2.0"', "epsilon"),
+        ("epsilon = 2.46", "", r"data \(number 1\) epsilon: the key is missing"),
         ("delta = 0.0001", "delta = 1", "delta"),
         ("delta = 0.0001", "delta = 0", "delta"),
         ("public = false", 'public = "yes"', "public"),

@@ -16,11 +16,13 @@ from common import wire
 from common.errors import BadPeer
 from common.messages import (
     AdvertiseKeysRequest,
+    AuditRequest,
     Confirmation,
     ConfirmStepRequest,
     ConfirmSurvivorsRequest,
     Enrolment,
     EnrolRequest,
+    FilterRequest,
     JointRequest,
     LocalUpdate,
     MaskedInput,
@@ -31,7 +33,9 @@ from common.messages import (
     OpenedStep,
     OpenSeedsRequest,
     OpenStepRequest,
+    PlanRegistered,
     Refusal,
+    RegisterPlanRequest,
     Reply,
     Request,
     SealedSeeds,
@@ -44,7 +48,7 @@ from common.messages import (
     UnmaskShares,
     Work,
 )
-from common.privacy.accounting import Budget, Mechanism
+from common.privacy.accounting import Budget, Mechanism, PureRelease
 from common.secagg.keys import AdvertisedKeys
 from tests.strategies import replies, requests
 
@@ -60,7 +64,7 @@ def assert_same(one: Request | Reply, other: Request | Reply) -> None:
         if isinstance(value, np.ndarray):
             assert getattr(other, name).dtype == value.dtype
             np.testing.assert_array_equal(getattr(other, name), value)
-        elif isinstance(value, TrainRequest | MomentsRequest | JointRequest):
+        elif isinstance(value, Work | JointRequest):
             assert_same(value, getattr(other, name))
         else:
             assert getattr(other, name) == value
@@ -75,15 +79,22 @@ def test_every_message_survives_the_wire(message: Request | Reply) -> None:
 VECTOR = np.arange(3, dtype=np.float32)
 TRAIN, MOMENTS = TrainRequest("d", 1, VECTOR, VECTOR), MomentsRequest("d", 1, VECTOR)
 JOINT = JointRequest("d", 2, 3, VECTOR)
+INDICES, PIXELS = np.arange(2, dtype=np.int64), np.arange(8, dtype=np.uint8)
+AUDIT = AuditRequest("d", 5, "plan", VECTOR, INDICES, PIXELS, VECTOR)
+FILTER = FilterRequest("d", 6, "audit", 2)
 KEYS = AdvertisedKeys("north", b"share", b"mask", b"signature")
 OTHER_KEYS = AdvertisedKeys("south", b"share 2", b"mask 2", b"signature 2")
 NAMED = {"north": b"1", "south": b"2"}
-HISTORY = (Mechanism(0.5, 2.0, 4), Mechanism(1.0, 3.0, 1))
+HISTORY = (Mechanism(0.5, 2.0, 4), PureRelease(0.5, 2), Mechanism(1.0, 3.0, 1))
 EACH: dict[str, Request | Reply] = {
     "enrol_request": EnrolRequest("d", "run", b"signature"),
     "enrolment": Enrolment("north", "c", True, HISTORY, HISTORY[:1], Budget(8.0, 1e-5), 3, "1d", "aa"),
     "train_request": TRAIN,
+    "register_plan": RegisterPlanRequest("d", b"{}"),
+    "plan_registered": PlanRegistered("plan"),
     "moments_request": MOMENTS,
+    "audit_request": AUDIT,
+    "filter_request": FILTER,
     "joint_request": JOINT,
     "local_update": LocalUpdate(1, VECTOR),
     "advertise_keys_request": AdvertiseKeysRequest("d", 1, 1),
@@ -119,6 +130,9 @@ def test_the_examples_here_are_of_every_kind() -> None:
 def test_actions_name_the_handlers() -> None:
     assert {type(message): wire.action(message) for message in EACH.values() if isinstance(message, Request)} == {
         EnrolRequest: "query.enrol",
+        RegisterPlanRequest: "query.register_plan",
+        AuditRequest: "train.audit",
+        FilterRequest: "train.filter",
         TrainRequest: "train.local_round",
         MomentsRequest: "train.moments",
         JointRequest: "train.joint_step",
@@ -137,13 +151,13 @@ def test_actions_name_the_handlers() -> None:
 
 def test_a_refusal_carries_its_code_and_nothing_else() -> None:
     record = wire.pack(Refusal("site"))
-    assert dict(record.config_records["facts"]) == {"version": 4, "kind": "refusal", "code": "site"}
+    assert dict(record.config_records["facts"]) == {"version": 5, "kind": "refusal", "code": "site"}
     assert list(record.keys()) == ["facts"]
 
 
 def test_an_update_carries_exactly_its_fields() -> None:
     record = wire.pack(LocalUpdate(3, np.zeros(2, np.float32)))
-    assert dict(record.config_records["facts"]) == {"version": 4, "kind": "local_update", "round": 3}
+    assert dict(record.config_records["facts"]) == {"version": 5, "kind": "local_update", "round": 3}
     assert list(record.array_records["vectors"]) == ["update"]
 
 
@@ -151,7 +165,7 @@ def test_a_masked_update_carries_nothing_that_is_not_masked() -> None:
     """No history, no counts, no losses: the vector, and what the server asked for."""
     record = wire.pack(EACH["masked_input"])
     assert dict(record.config_records["facts"]) == {
-        "version": 4,
+        "version": 5,
         "kind": "masked_input",
         "study_digest": "d",
         "attempt": 1,
@@ -206,10 +220,10 @@ def huge() -> bytes:
 
 MUTATIONS: dict[str, Callable[[RecordDict], Any]] = {
     "no version": without("version"),
-    "the version before": facts(version=3),
-    "the version after": facts(version=5),
-    "a version of text": facts(version="4"),
-    "a fractional version": facts(version=4.0),
+    "the version before": facts(version=4),
+    "the version after": facts(version=6),
+    "a version of text": facts(version="5"),
+    "a fractional version": facts(version=5.0),
     "no kind": without("kind"),
     "an unknown kind": facts(kind="gradients"),
     "a kind that is no text": facts(kind=[1, 2]),
@@ -287,6 +301,9 @@ def test_requests_for_other_work_have_other_digests() -> None:
     found = [
         TRAIN, MOMENTS, replace(MOMENTS, round=2), replace(MOMENTS, study_digest="e"), replace(MOMENTS, features=other),
         replace(TRAIN, round=2), replace(TRAIN, generator=other),
+        AUDIT, replace(AUDIT, plan_digest="e"), replace(AUDIT, generator=other), replace(AUDIT, indices=INDICES + 1),
+        replace(AUDIT, images=PIXELS + 1), replace(AUDIT, nearest=other), FILTER, replace(FILTER, audit_digest="e"),
+        replace(FILTER, count=3),
     ]  # fmt: skip
     assert len({work.digest for work in found}) == len(found)
     assert MomentsRequest("d", 1, VECTOR.copy()).digest == MOMENTS.digest
@@ -301,21 +318,32 @@ def refused(message: Request | Reply, *changes: Callable[[RecordDict], Any]) -> 
         wire.unpack(sent(record))
 
 
-HISTORIES = {
+HISTORIES = {  # in place of steps of training, a verdict and steps of training again
     "no probabilities": without("sampling_probability"),
-    "probabilities of text": facts(sampling_probability=["a", "b"]),
-    "a NaN probability": facts(sampling_probability=[float("nan"), 1.0]),
-    "a probability of 0": facts(sampling_probability=[0.0, 1.0]),
-    "a probability above 1": facts(sampling_probability=[1.1, 1.0]),
-    "one probability too few": facts(sampling_probability=[0.5]),
-    "a NaN noise": facts(noise_multiplier=[float("nan"), 1.0]),
-    "no noise": facts(noise_multiplier=[0.0, 1.0]),
-    "infinite noise": facts(noise_multiplier=[float("inf"), 1.0]),
-    "negative steps": facts(steps=[-4, 1]),
-    "no steps": facts(steps=[0, 1]),
-    "fractional steps": facts(steps=[1.5, 1.0]),
-    "infinite steps": facts(steps=[float("inf"), 1.0]),
-    "steps of text": facts(steps=["4", "1"]),
+    "no epsilons": without("epsilon"),
+    "probabilities of text": facts(sampling_probability=["a", "b", "c"]),
+    "a NaN probability": facts(sampling_probability=[float("nan"), 1.0, 1.0]),
+    "a probability of 0": facts(sampling_probability=[0.0, 1.0, 1.0]),
+    "a probability above 1": facts(sampling_probability=[1.1, 1.0, 1.0]),
+    "one probability too few": facts(sampling_probability=[0.5, 1.0]),
+    "a NaN noise": facts(noise_multiplier=[float("nan"), 0.0, 1.0]),
+    "no noise": facts(noise_multiplier=[0.0, 0.0, 1.0]),
+    "infinite noise": facts(noise_multiplier=[float("inf"), 0.0, 1.0]),
+    "no epsilon": facts(epsilon=[0.0, 0.0, 0.0]),
+    "a negative epsilon": facts(epsilon=[0.0, -0.5, 0.0]),
+    "a NaN epsilon": facts(epsilon=[0.0, float("nan"), 0.0]),
+    "an infinite epsilon": facts(epsilon=[0.0, float("inf"), 0.0]),
+    "an epsilon beside noise": facts(epsilon=[0.5, 0.5, 0.0]),
+    "noise beside an epsilon": facts(noise_multiplier=[2.0, 1.0, 1.0]),
+    "sampling beside an epsilon": facts(sampling_probability=[0.5, 0.5, 1.0]),
+    "one epsilon too few": facts(epsilon=[0.0, 0.5]),
+    "whole epsilons": facts(epsilon=[0, 1, 0]),
+    "negative steps": facts(steps=[-4, 1, 1]),
+    "no steps": facts(steps=[0, 1, 1]),
+    "a verdict of no steps": facts(steps=[4, 0, 1]),
+    "fractional steps": facts(steps=[1.5, 1.0, 1.0]),
+    "infinite steps": facts(steps=[float("inf"), 1.0, 1.0]),
+    "steps of text": facts(steps=["4", "1", "1"]),
     "steps that are no list": facts(steps=5),
 }
 

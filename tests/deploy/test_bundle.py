@@ -203,5 +203,5 @@ def test_the_study_in_the_app_is_the_built_in_one_for_two_sites() -> None:
     assert study == built_in.with_changes("federation", contracted_patients=contract)
     # Flower lets `-c` change only keys that are there.
     assert {key for key in flat if key.startswith("study.")} == set(study.to_run_config())
-    expected = {f"run.{key}" for key in ("out", "device", "resume", "sites", "study_signature")}
+    expected = {f"run.{key}" for key in ("out", "device", "resume", "audit", "sites", "study_signature")}
     assert {key for key in flat if key.startswith("run.")} == expected

@@ -8,8 +8,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from common.audit.plan import parse_signed_plan
 from common.config import StudyConfig
-from common.messages import Enrolment, EnrolRequest, LocalUpdate, Refusal, Reply, Request, TrainRequest
+from common.messages import (
+    Enrolment,
+    EnrolRequest,
+    LocalUpdate,
+    PlanRegistered,
+    Refusal,
+    RegisterPlanRequest,
+    Reply,
+    Request,
+    TrainRequest,
+)
 from common.privacy.accounting import Budget, History
 from common.privacy.plan import make_plan
 
@@ -71,6 +82,11 @@ class Scripted:
         return tuple(range(2, 2 + len(self.names)))
 
     def ask(self, requests: Mapping[int, Request], group: str, timeout_seconds: float) -> Iterator[tuple[int, Reply]]:
+        if group == "register_plan":  # every honest site registers the plan
+            for node, request in requests.items():
+                assert isinstance(request, RegisterPlanRequest)
+                yield node, PlanRegistered(parse_signed_plan(request.plan).plan.digest)
+            return
         self.asked.append(group)
         self.timeouts.append(timeout_seconds)
         self.before(group)

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from common.config import StudyConfig
 from common.gan.feature_map import LABEL_WEIGHT, SIZES, FeatureMap
 from common.gan.parameters import to_vector
+from common.gan.synthesis import synthesize
 from common.gan.training import GanTrainer
 from server import moments
 from server.aggregation import GanState
 from server.public_images import generic_images
 from server.shrinkage import shrink
-from server.synthesis import synthesize
 from tests.common.gan.trainers import CPU, small_study
 
 PATIENTS = 200

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.gan.synthesis import synthesize
 from server.public_images import generic_images, public_images, varied_images
-from server.synthesis import synthesize
 from tests.common.gan.trainers import CPU, small_study
 from tests.server.test_moments import start_of
 

@@ -2,7 +2,8 @@ import numpy as np
 
 from common.gan import networks
 from common.gan.parameters import to_vector
-from server.synthesis import BATCH, sample_grid, synthesize, to_gray
+from common.gan.synthesis import BATCH, synthesize, to_gray
+from server.synthesis import sample_grid
 from tests.server.scripted import two_sites
 
 STUDY = two_sites().with_changes("image", labels=("a", "b", "c"), label_column="group")

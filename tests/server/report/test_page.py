@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import ConfigError
 from server import record
-from server.record import BudgetRecord, RunRecord
+from server.record import AuditsRecord, BudgetRecord, RunRecord
 from server.report.page import write_report
 from server.report.words import epsilon_text
 from tests.server.report.runs import (
@@ -66,6 +66,24 @@ def test_each_sites_budget_is_shown_with_what_was_spent_before_here_and_after(tm
 def test_without_budgets_there_is_no_table_of_them(tmp_path: Path) -> None:
     save(tmp_path, make_run())
     assert "The sites' budgets" not in Page.of(tmp_path).text
+
+
+def test_what_the_audit_cost_stands_beside_the_training(tmp_path: Path) -> None:
+    run = make_run()
+    site = run.sites[0]
+    site.audits = AuditsRecord(
+        verdicts=2, epsilon_training=0.5, epsilon_held_out=2.0, spent_training=8.1234, spent_held_out=4.0
+    )
+    save(tmp_path, run)
+    page = Page.of(tmp_path)
+    assert "held out paid for the audit alone" in page.text and "north 2 0.5 8.124 2 4.000" in page.text
+    assert f"north {epsilon_text(spent(3 * STEPS))} at 1e-5 (PRV)" in page.text  # the promise is training's as before
+    assert "south 2" not in page.text
+
+
+def test_without_an_audit_no_cost_of_one_is_shown(tmp_path: Path) -> None:
+    save(tmp_path, make_run())
+    assert "What the audit cost" not in Page.of(tmp_path).text
 
 
 def test_secure_aggregation_is_told_as_sums_only(tmp_path: Path) -> None:

@@ -249,7 +249,8 @@ def _reasons(
         )
     relation = "no more than" if bound <= allowed else "more than"
     said.append(
-        f"With 95 % confidence at most {math.ceil(bound)} patients were memorised, {relation} the {allowed} that are allowed."
+        f"With 95 % confidence at most {math.ceil(bound)} patients were memorised, {relation} the {allowed} that are "
+        "allowed."
     )
     for who in refuted:
         said.append(f"The {who} show that training leaks more than the certified epsilon of {certified:g}.")

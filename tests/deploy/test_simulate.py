@@ -140,8 +140,8 @@ def test_no_patient_id_or_file_name_is_outside_the_sites(run: Run, hospitals: di
 def test_no_reply_of_a_site_holds_a_patient_id_or_a_path(run: Run, hospitals: dict[str, Path]) -> None:
     secrets = {MARK} | {patient for path in hospitals.values() for patient in list_patients(path)}
     secrets |= {str(path) for path in hospitals.values()}
-    # Of two sites: enrolment, the first keys, and the four stages of two rounds.
-    assert len(run.replies) == 2 * (1 + 1 + 4 * 2)
+    # Of two sites: enrolment, the audit's plan, the first keys, and the four stages of two rounds.
+    assert len(run.replies) == 2 * (1 + 1 + 1 + 4 * 2)
     assert sum(len(content) > 40_000 for content in run.replies) == 2 * 2  # the masked vectors
     for content in run.replies:
         assert len(content) > 100

@@ -146,8 +146,8 @@ def drop(at: SiteAudit, request: FilterRequest) -> MadeSum:
     **Guarantee.** In a sum of such numbers modulo 2^32, zero says that nobody drops a candidate (or, once in 2^32, that
     several do), anything else that some site does: not which, not how many, nor whether as a decoy. A patient who is in
     no candidate changes nothing. One who is makes candidates drop that are dropped anyway with the chance of a decoy:
-    an epsilon of log(1 / decoys) for each candidate dropped, in this one direction, beside the ledger. The decoys are
-    drawn once for an audit: who asks again hears of the same candidates.
+    an epsilon of log(1 / decoys) for each candidate dropped, in this one direction, beside the ledger. An image stays a
+    decoy: who asks again hears of the same ones.
 
     Raises:
         BadPeer: these are not the candidates that the site has compared.
@@ -269,11 +269,19 @@ def _noise(study: StudyConfig, num_bins: int) -> NDArray[np.int64]:
     return noise
 
 
-def _decoys(at: SiteAudit, num_candidates: int) -> NDArray[np.bool_]:
-    """(n,) what this site drops for no reason: drawn once, or else two filters would tell decoys from the others."""
-    random = secrets.SystemRandom()
+def _decoys(at: SiteAudit, request: AuditRequest) -> NDArray[np.bool_]:
+    """(n,) what this site drops for no reason: a coin for each image, by the site's key.
+
+    Whoever asks twice, about others as well, finds the same ones: else two filters would tell decoys from matches.
+    """
     chance = decoy_probability(at.plan.decoys, at.study.num_noisy_in_audit)
-    return np.array([random.random() < chance for _ in range(num_candidates)], bool)
+    images = f"{at.study.digest}/{made.generator_digest(request.generator)}"
+
+    def coin(index: int) -> bool:
+        found = hmac.digest(at.key, f"audit decoy\x00{images}/{index}".encode(), hashlib.sha256)
+        return int.from_bytes(found[:8], "big") < chance * 2**64
+
+    return np.array([coin(int(index)) for index in request.indices], bool)
 
 
 def _pairs(at: SiteAudit, request: AuditRequest, training: Comparison, held_out: Comparison) -> Pairs:
@@ -285,7 +293,7 @@ def _pairs(at: SiteAudit, request: AuditRequest, training: Comparison, held_out:
     return Pairs(
         audit_digest=np.array(request.digest),
         matched=shows,
-        dropped=shows | _decoys(at, len(shows)),
+        dropped=shows | _decoys(at, request),
         threshold=np.array(limit),
         training_scores=training.scores,
         held_out_scores=held_out.scores,

@@ -244,6 +244,16 @@ def test_the_filter_names_matches_and_decoys_by_numbers_that_say_nothing(at: Sit
     assert abs(decoys - (1 - 0.75**0.5)) < 0.06  # two sites that do not collude share 25 %
 
 
+def test_an_image_stays_a_decoy_whatever_else_is_asked_about(at: SiteAudit, request_: AuditRequest) -> None:
+    audit.count(at, request_)
+    pairs, decoys = audit_pairs.load_pairs(at.folder), audit._decoys(at, request_)
+    assert np.array_equal(pairs.dropped, pairs.matched | decoys)
+    fewer = replace(request_, indices=request_.indices[7:])
+    assert np.array_equal(audit._decoys(at, fewer), decoys[7:])
+    assert (audit._decoys(replace(at, key=bytes(32)), request_) != decoys).any()
+    assert (audit._decoys(at, replace(request_, generator=generator_of(STUDY, seed=1))) != decoys).any()
+
+
 def test_candidates_that_were_not_compared_are_not_filtered(at: SiteAudit, request_: AuditRequest) -> None:
     with pytest.raises(BadPeer):
         audit.drop(at, filter_of(request_))
